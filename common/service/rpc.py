@@ -1,0 +1,154 @@
+"""gRPC as our servers use it: one way to make a server, one way to make a channel, one seam where errors become status.
+
+Knows nothing of the services themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from common.service.errors import ConfigError, DvdError, InternalError, to_grpc
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 32 * 2**20
+"""An image of 20 MB with its framing; never unlimited (RELIABILITY.md section 6)."""
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER_KEEPALIVE = [*_KEEPALIVE, ("grpc.http2.min_ping_interval_without_data_ms", 5_000), ("grpc.so_reuseport", 0)]
+
+
+def make_server(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+    """A server whose handlers may raise ``DvdError`` at any point of a call, and which answers health checks."""
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=[*_SERVER_KEEPALIVE, *_message_limits(max_message_bytes)],
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    return server
+
+
+def bind(server: grpc.aio.Server, listen: str) -> str:
+    """Listen on ``host:port`` (port 0: any free one) or ``unix:/path``; returns the address to dial.
+
+    Raises:
+        ConfigError: the address is taken or not ours.
+    """
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        raise ConfigError(f"cannot listen on {listen}: busy, or not an address of this machine") from None
+    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """One channel per peer, kept for the life of the process. Reconnects quickly: a returning worker is wanted."""
+    backoff = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000)]
+    # Two channels to one address must not share a subchannel: a peer that restarts is a new peer to each.
+    isolation = [("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.insecure_channel(
+        address, options=[*_KEEPALIVE, *backoff, *isolation, *_message_limits(max_message_bytes)]
+    )
+
+
+def remaining_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """What is left of the caller's deadline; None when it set none."""
+    remaining = context.time_remaining()
+    return None if remaining is None else max(0.0, float(remaining))
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns ``DvdError`` into status and metadata, also after the first message of a stream."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(
+                _guard_unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+
+def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await method(request, context)
+        except Exception as error:  # noqa: BLE001 - the seam: every failure becomes a status
+            await _abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for message in method(request, context):
+                yield message
+        except Exception as error:  # noqa: BLE001 - the seam: every failure becomes a status
+            await _abort(context, error)
+
+    return guarded
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
+        raise error
+    if isinstance(error, BaseExceptionGroup):
+        error = _first(error)
+    if not isinstance(error, DvdError):
+        log.error("unexpected failure in a call", exc_info=error)
+        error = InternalError("unexpected failure")
+    status, details, metadata = to_grpc(error)
+    await context.abort(status, details, metadata)
+
+
+def _first(group: BaseExceptionGroup[Any]) -> Exception:
+    """What a task group failed of: our own error if there is one."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop()
+        if isinstance(error, BaseExceptionGroup):
+            stack.extend(error.exceptions)
+        else:
+            leaves.append(error)
+    ours = [error for error in leaves if isinstance(error, DvdError)]
+    others = [error for error in leaves if isinstance(error, Exception)]
+    return (ours or others or [InternalError("unexpected failure")])[0]
+
+
+def _message_limits(size: int) -> list[tuple[str, int]]:
+    return [("grpc.max_send_message_length", size), ("grpc.max_receive_message_length", size)]
+
+
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "ErrorInterceptor",
+    "bind",
+    "health_pb2",
+    "make_channel",
+    "make_server",
+    "remaining_seconds",
+]

@@ -1,0 +1,80 @@
+"""The two small interfaces of the feature plane, and what sits behind a receiver.
+
+A vision server holds ``FeatureSender`` objects, one per language server. A language server runs ``FeatureReceiver``
+objects, one per transport, all feeding one ``FrameSink``. Frames are ``protos.frame`` headers plus raw payload;
+nothing here knows of tensors or requests.
+"""
+
+from typing import Protocol
+
+from typing_extensions import Buffer
+
+from protos.frame import FrameHeader, FrameRejected, parse_header
+from protos.status_pb2 import Endpoint
+
+
+class FrameSink(Protocol):
+    """Where a receiver puts frames: the language server's feature store. Called on the event loop, never blocks."""
+
+    def place(self, header: FrameHeader, packed_header: Buffer) -> memoryview:
+        """Reserved memory for the payload, exactly ``header.payload_bytes`` long and writable.
+
+        Everything that can be known from the header is checked here, before the payload is looked at.
+
+        Raises:
+            FrameRejected: reason ``fingerprint``, ``ticket``, ``unknown_request``, ``tombstone``, ``stale``,
+                ``duplicate``, ``dtype``, ``shape`` or ``size``.
+        """
+        ...
+
+    def commit(self, header: FrameHeader) -> None:
+        """The payload is in place: check it and make its tiles ready.
+
+        Raises:
+            FrameRejected: reason ``checksum`` or ``nonfinite``; also ``tombstone`` if the request ended meanwhile.
+        """
+        ...
+
+
+class FeatureReceiver(Protocol):
+    """Takes frames off one transport."""
+
+    async def start(self, sink: FrameSink) -> Endpoint:
+        """Listen; returns what senders are told."""
+        ...
+
+    async def close(self) -> None:
+        """Stop listening; frames in flight are dropped and their senders notice."""
+        ...
+
+
+class FeatureSender(Protocol):
+    """Brings frames to one receiver. Safe to use from many tasks at once; the order of concurrent sends is free."""
+
+    async def send(self, packed_header: bytes, payload: Buffer, timeout: float) -> None:
+        """Send one frame and wait until the receiver has committed it. ``payload`` may be reused afterwards.
+
+        Raises:
+            FrameRejected: the receiver refused the frame; its reason is passed on. ``duplicate`` is no error.
+            TransportFailed: the peer is gone or does not speak.
+            DeadlineExceeded: no acknowledgement within ``timeout`` seconds.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Drop the connection; pending sends fail with ``TransportFailed``."""
+        ...
+
+
+def receive_frame(sink: FrameSink, packed_header: Buffer, payload: Buffer) -> str:
+    """Hand one frame to the sink. Returns the verdict for the sender: ``ok``, ``duplicate`` or a rejection's reason."""
+    try:
+        header = parse_header(packed_header)
+        view = memoryview(payload).cast("B")
+        if len(view) != header.payload_bytes:
+            raise FrameRejected("size", f"payload of {len(view)} bytes, header says {header.payload_bytes}")
+        sink.place(header, packed_header)[:] = view
+        sink.commit(header)
+    except FrameRejected as rejection:
+        return rejection.reason
+    return "ok"

@@ -1,0 +1,167 @@
+"""Feature frame <-> bytes: one group of tiles of one image on its way from a vision server to a language server.
+
+A frame is a little-endian header followed by raw row-major ``[tokens, hidden_size]`` features. Layout of the header:
+
+    ======  ====  =====================================================
+    offset  size  field
+    ======  ====  =====================================================
+    0       4     magic ``DVDF``
+    4       2     version
+    6       2     header length in bytes, tile list and MAC included
+    8       16    model fingerprint
+    24      16    request id
+    40      4     image index in the request
+    44      2     attempt
+    46      2     first tile of this frame
+    48      2     number of tiles in this frame
+    50      2     number of tiles of the whole image, thumbnail included
+    52      4     hidden size
+    56      1     dtype: 1 bfloat16, 2 float32
+    57      3     zero
+    60      8     payload bytes
+    68      4     CRC32C of the payload
+    72      2 n   tokens of each tile in this frame
+    72+2n   32    HMAC-SHA256 over all bytes before it, keyed by the ticket
+    ======  ====  =====================================================
+
+Knows nothing of sockets, reservations or tensors. Nothing here allocates by a size read from the wire.
+"""
+
+import hmac
+import struct
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+import crc32c
+from typing_extensions import Buffer
+
+MAGIC: Final = b"DVDF"
+VERSION: Final = 1
+ID_BYTES: Final = 16
+MAC_BYTES: Final = 32
+MAX_TILES: Final = 256
+"""Tiles in one image, far above the 41 of a 4K image; bounds the header."""
+
+FeatureDtypeName = Literal["bfloat16", "float32"]
+ITEM_SIZE: Final[dict[FeatureDtypeName, int]] = {"bfloat16": 2, "float32": 4}
+
+_FIXED = struct.Struct("<4sHH16s16sIHHHHIB3sQI")
+_DTYPE_TO_CODE: Final[dict[FeatureDtypeName, int]] = {"bfloat16": 1, "float32": 2}
+_CODE_TO_DTYPE: Final = {code: name for name, code in _DTYPE_TO_CODE.items()}
+
+MIN_HEADER_BYTES: Final = _FIXED.size + 2 + MAC_BYTES
+MAX_HEADER_BYTES: Final = _FIXED.size + 2 * MAX_TILES + MAC_BYTES
+
+
+class FrameRejected(ValueError):
+    """A frame that must not reach the model. ``reason`` is a label of ``dvd_transfer_frames_rejected_total``."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """What a frame says about its payload ``[sum(tokens_per_tile), hidden_size]``."""
+
+    fingerprint: bytes
+    request_id: bytes
+    image_index: int
+    attempt: int
+    first_tile: int
+    num_image_tiles: int
+    hidden_size: int
+    dtype: FeatureDtypeName
+    tokens_per_tile: tuple[int, ...]
+    payload_crc32c: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.tokens_per_tile)
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.num_tokens * self.hidden_size * ITEM_SIZE[self.dtype]
+
+
+def checksum(payload: Buffer) -> int:
+    """CRC32C of the payload, as the header carries it."""
+    return int(crc32c.crc32c(payload))
+
+
+def with_checksum(header: FrameHeader, payload: Buffer) -> FrameHeader:
+    """The same header, carrying the checksum of ``payload``."""
+    return replace(header, payload_crc32c=checksum(payload))
+
+
+def pack_header(header: FrameHeader, ticket: bytes) -> bytes:
+    """Serialise and sign a header. ``ticket`` is the 32-byte key from ``Admitted``."""
+    num_tiles = len(header.tokens_per_tile)
+    fixed = _FIXED.pack(
+        MAGIC,
+        VERSION,
+        _FIXED.size + 2 * num_tiles + MAC_BYTES,
+        header.fingerprint,
+        header.request_id,
+        header.image_index,
+        header.attempt,
+        header.first_tile,
+        num_tiles,
+        header.num_image_tiles,
+        header.hidden_size,
+        _DTYPE_TO_CODE[header.dtype],
+        bytes(3),
+        header.payload_bytes,
+        header.payload_crc32c,
+    )
+    signed = fixed + struct.pack(f"<{num_tiles}H", *header.tokens_per_tile)
+    return signed + hmac.digest(ticket, signed, "sha256")
+
+
+def parse_header(data: Buffer) -> FrameHeader:
+    """Read a header and check everything that needs no knowledge of the receiver.
+
+    Raises:
+        FrameRejected: with reason ``size``, ``magic``, ``version``, ``dtype`` or ``shape``.
+    """
+    view = memoryview(data).cast("B")
+    if not MIN_HEADER_BYTES <= len(view) <= MAX_HEADER_BYTES:
+        raise FrameRejected("size", f"header of {len(view)} bytes")
+    (
+        magic, version, header_bytes, fingerprint, request_id, image_index, attempt, first_tile,
+        num_tiles, num_image_tiles, hidden_size, dtype_code, padding, payload_bytes, payload_crc32c,
+    ) = _FIXED.unpack_from(view)  # fmt: skip
+    if magic != MAGIC:
+        raise FrameRejected("magic", repr(magic))
+    if version != VERSION:
+        raise FrameRejected("version", f"{version}, this side speaks {VERSION}")
+    if header_bytes != len(view) or header_bytes != _FIXED.size + 2 * num_tiles + MAC_BYTES:
+        raise FrameRejected("size", f"header says {header_bytes} bytes, {num_tiles} tiles, has {len(view)} bytes")
+    if dtype_code not in _CODE_TO_DTYPE or padding != bytes(3):
+        raise FrameRejected("dtype", f"code {dtype_code}")
+    if num_tiles == 0 or first_tile + num_tiles > num_image_tiles or num_image_tiles > MAX_TILES:
+        raise FrameRejected("shape", f"tiles {first_tile}+{num_tiles} of {num_image_tiles}")
+    header = FrameHeader(
+        fingerprint=fingerprint,
+        request_id=request_id,
+        image_index=image_index,
+        attempt=attempt,
+        first_tile=first_tile,
+        num_image_tiles=num_image_tiles,
+        hidden_size=hidden_size,
+        dtype=_CODE_TO_DTYPE[dtype_code],
+        tokens_per_tile=struct.unpack_from(f"<{num_tiles}H", view, _FIXED.size),
+        payload_crc32c=payload_crc32c,
+    )
+    if 0 in header.tokens_per_tile or hidden_size == 0:
+        raise FrameRejected("shape", "a tile without tokens or a hidden size of zero")
+    if header.payload_bytes != payload_bytes:
+        raise FrameRejected("size", f"payload of {payload_bytes} bytes, shape needs {header.payload_bytes}")
+    return header
+
+
+def is_signed_by(data: Buffer, ticket: bytes) -> bool:
+    """Whether the MAC at the end of a packed header was made with ``ticket`` (constant time)."""
+    view = memoryview(data).cast("B")
+    return hmac.compare_digest(hmac.digest(ticket, view[:-MAC_BYTES], "sha256"), view[-MAC_BYTES:])
