@@ -5,6 +5,7 @@
     │   ├── NotFound              ... ask for something that exists
     │   ├── MethodNotAllowed
     │   ├── RequestTooLarge       ... send less
+    │   │   └── HeadersTooLarge
     │   ├── RequestReadTimeout    ... send it faster
     │   └── MediaFetchFailed      ... name media that can be read
     ├── AuthenticationFailed      the client must bring a key
@@ -82,6 +83,11 @@ class MethodNotAllowed(InvalidRequest):
 class RequestTooLarge(InvalidRequest):
     http_status = 413
     default_code = "request_too_large"
+
+
+class HeadersTooLarge(RequestTooLarge):
+    http_status = 431
+    default_code = "headers_too_large"
 
 
 class RequestReadTimeout(InvalidRequest):

@@ -135,6 +135,7 @@ VISION_ITEM_TILES = Histogram("dvd_vision_item_tiles", "Tiles per image.", bucke
 VISION_DECODE_REJECTED = Counter(
     "dvd_vision_decode_rejected", "Images that cannot be read.", ["reason"], registry=_vision
 )
+VISION_NONFINITE = Counter("dvd_vision_nonfinite", "Groups of tiles with NaN or infinite features.", registry=_vision)
 
 # --- transfer, both ends
 _ENDS = ["transport", "direction"]

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from common.service import metrics
 from protos.status_pb2 import (
@@ -88,7 +88,7 @@ class StatusBoard:
             status.language.CopyFrom(load)
         return status
 
-    async def watch(self) -> AsyncIterator[WorkerStatus]:
+    async def watch(self) -> AsyncGenerator[WorkerStatus, None]:
         """One message at once, then one a second and one at every change of state."""
         while True:
             changed = self._changed

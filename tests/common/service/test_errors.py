@@ -6,7 +6,7 @@ import pytest
 from common.service import errors
 from common.service.errors import DvdError, StartupError, to_http
 from common.service.rpc import bind, make_channel, make_server
-from protos import vision_pb2, vision_pb2_grpc
+from protos import status_pb2, vision_pb2, vision_pb2_grpc
 
 
 def subclasses(kind: type[DvdError]) -> list[type[DvdError]]:
@@ -25,7 +25,7 @@ class Raising(vision_pb2_grpc.VisionServicer):
         raise self.error
 
     async def WatchStatus(self, request, context):
-        yield vision_pb2.protos_dot_status__pb2.WorkerStatus(name="first")
+        yield status_pb2.WorkerStatus(name="first")
         raise self.error
 
 
@@ -64,7 +64,7 @@ async def test_an_error_after_the_first_message_of_a_stream(server):
     servicer.error = errors.Overloaded("full")
     received = []
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for status in stub.WatchStatus(vision_pb2.protos_dot_status__pb2.WatchStatusRequest(), timeout=10):
+        async for status in stub.WatchStatus(status_pb2.WatchStatusRequest(), timeout=10):
             received.append(status.name)
     assert received == ["first"]
     assert isinstance(errors.from_grpc(caught.value), errors.Overloaded)
