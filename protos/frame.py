@@ -96,7 +96,14 @@ def with_checksum(header: FrameHeader, payload: Buffer) -> FrameHeader:
 
 
 def pack_header(header: FrameHeader, ticket: bytes) -> bytes:
-    """Serialise and sign a header. ``ticket`` is the 32-byte key from ``Admitted``."""
+    """Serialise and sign a header. ``ticket`` is the 32-byte key from ``Admitted``.
+
+    Raises:
+        ValueError: an id of another length; padded or cut it would be the id of something else.
+        struct.error: a number that its field cannot hold.
+    """
+    if len(header.fingerprint) != ID_BYTES or len(header.request_id) != ID_BYTES:
+        raise ValueError(f"fingerprint and request id have {ID_BYTES} bytes")
     num_tiles = len(header.tokens_per_tile)
     fixed = _FIXED.pack(
         MAGIC,
