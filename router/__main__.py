@@ -1,0 +1,160 @@
+"""``python -m router --vision ADDRESS --language ADDRESS ...``: startup -> serve -> drain."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import uvicorn
+import uvloop
+from PIL import Image
+
+from common.service import announce, metrics
+from common.service import log as logs
+from common.service.errors import ConfigError, StartupError
+from router.server import RouterServer
+from router.settings import RouterSettings
+
+log = logging.getLogger(__name__)
+
+_EXIT_FAILURE: Final = 1
+_EXIT_STARTUP: Final = 2
+_CLOSE_GRACE_SECONDS: Final = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a router until SIGTERM or SIGINT; returns the exit status."""
+    try:
+        settings = RouterSettings.load(sys.argv[1:] if argv is None else argv)
+        logs.configure("router", settings.log_level)
+        # Pillow only warns of very large images; media.py wants to hear it.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run(settings))
+    except StartupError as error:
+        print(f"router cannot start: {error.message}", file=sys.stderr)
+        return _EXIT_STARTUP
+
+
+async def run(settings: RouterSettings) -> int:
+    """Serve until told to stop, then drain. Raises ConfigError if the address cannot be had."""
+    stop = _stop_signal()
+    router = RouterServer(settings)
+    listener = _listen(settings)
+    http = _HttpServer(_http_config(router))
+    async with router.running():
+        serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+        announcing = asyncio.create_task(_announce_when_ready(router, listener), name="announce")
+        announcing.add_done_callback(lambda task: stop.set() if _has_failed(task) else None)
+        stopping = asyncio.create_task(stop.wait(), name="stop signal")
+        try:
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await router.drain()
+            http.should_exit = True
+            await serving
+        finally:
+            stopping.cancel()
+            announcing.cancel()
+            results = await asyncio.gather(stopping, announcing, return_exceptions=True)
+    return _exit_status(results)
+
+
+async def _announce_when_ready(router: RouterServer, listener: socket.socket) -> None:
+    """Say where we are once ``/health`` answers 200."""
+    await router.fleet.wait_ready()
+    settings = router.settings
+    address = _address_of(settings, listener)
+    name = next(iter(router.models.names), "")
+    metrics.set_model(name)
+    metrics.set_state("ready")
+    announce.write(settings.announce, name="router", role="router", address=address, metrics_address=address)
+    num_vision, num_language = (sum(w.is_usable for w in tier) for tier in (router.fleet.vision, router.fleet.language))
+    url = address if address.startswith("unix:") else f"http://{address}"
+    print(f"ready at {url} model {name} vision x{num_vision} language x{num_language}", flush=True)
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: a signal starts our drain, during which requests still get an answer."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _http_config(router: RouterServer) -> uvicorn.Config:
+    return uvicorn.Config(
+        router,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        loop="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_CLOSE_GRACE_SECONDS,
+    )
+
+
+def _listen(settings: RouterSettings) -> socket.socket:
+    """A listening socket, so that its port is known before anything answers on it."""
+    try:
+        if settings.uds is not None:
+            if settings.uds.is_socket():  # left by a router that was killed
+                settings.uds.unlink()
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(str(settings.uds))
+        else:
+            family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+            listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        where = settings.uds or f"{settings.host}:{settings.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def _address_of(settings: RouterSettings, listener: socket.socket) -> str:
+    if settings.uds is not None:
+        return f"unix:{settings.uds}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{host}:{listener.getsockname()[1]}"
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return not task.cancelled() and task.exception() is not None
+
+
+def _exit_status(results: Sequence[object]) -> int:
+    """0 after a drain. Raises what stopped the router if it was not a signal."""
+    failures = [result for result in results if isinstance(result, Exception)]
+    for failure in failures:
+        if isinstance(failure, StartupError):
+            raise failure
+        log.critical("the router failed", exc_info=failure)
+    return _EXIT_FAILURE if failures else 0
+
+
+def _stop_signal() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT. The second one ends the process on the spot."""
+    stopping = asyncio.Event()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            log.warning("second signal: ending without a drain")
+            os._exit(_EXIT_FAILURE)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stopping
+
+
+if __name__ == "__main__":
+    sys.exit(main())

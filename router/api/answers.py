@@ -1,0 +1,217 @@
+"""Tokens to OpenAI's answer shapes: one body, or a stream of chunks (API.md section 4).
+
+Both implement ``pipeline.Answer``; what differs is when the client hears of a token.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.service.errors import Cancelled
+from protos.language_pb2 import Finished, Token, TokenLogprob
+from router.admission import Slot
+from router.api import sse
+from router.api.exchange import Exchange
+from router.api.schemas import ChatCompletionRequest
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """What the client wants to see."""
+
+    model: str
+    num_choices: int
+    logprobs: bool
+    token_ids: bool
+    include_usage: bool
+    continuous_usage: bool
+    metrics: bool
+    headers: Mapping[str, str]
+    slow_reader_timeout: float
+
+    @classmethod
+    def of(
+        cls,
+        request: ChatCompletionRequest,
+        *,
+        model: str,
+        metrics: bool,
+        headers: Mapping[str, str],
+        slow_reader_timeout: float,
+    ) -> "AnswerOptions":
+        options = request.stream_options
+        return cls(
+            model=model,
+            num_choices=request.n or 1,
+            logprobs=bool(request.logprobs),
+            token_ids=bool(request.return_token_ids),
+            include_usage=bool(options and options.include_usage),
+            continuous_usage=bool(options and options.continuous_usage_stats),
+            metrics=metrics,
+            headers=headers,
+            slow_reader_timeout=slow_reader_timeout,
+        )
+
+
+@dataclass(slots=True)
+class _Choice:
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class FullAnswer:
+    """Collects everything and answers once."""
+
+    def __init__(self, exchange: Exchange, slot: Slot, options: AnswerOptions) -> None:
+        self._exchange = exchange
+        self._slot = slot
+        self._options = options
+        self._choices = [_Choice() for _ in range(options.num_choices)]
+
+    async def on_token(self, token: Token) -> None:
+        self._slot.first_token()
+        choice = self._choices[token.choice]
+        choice.texts.append(token.text)
+        choice.token_ids.append(token.token_id)
+        if self._options.logprobs:
+            choice.logprobs.append(_logprob_entry(token))
+
+    async def on_finished(self, finished: Finished) -> None:
+        choice = self._choices[finished.choice]
+        choice.texts.append(finished.text)
+        choice.finish_reason = finished.finish_reason
+
+    async def end(self) -> None:
+        """Send the body."""
+        body = {
+            **_envelope(self._exchange, self._options.model, "chat.completion"),
+            "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
+            "usage": self._exchange.record.usage(),
+        }
+        if self._options.metrics:
+            body["metrics"] = self._exchange.record.metrics_block()
+        await self._exchange.respond_json(body, headers=self._options.headers)
+
+    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        answer: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "logprobs": _logprobs(choice.logprobs) if self._options.logprobs else None,
+            "finish_reason": choice.finish_reason,
+        }
+        if self._options.token_ids:
+            answer["token_ids"] = choice.token_ids
+        return answer
+
+
+class StreamAnswer:
+    """Sends each token as one event. The 200 leaves with the first one, so that earlier failures keep their status."""
+
+    def __init__(self, exchange: Exchange, slot: Slot, options: AnswerOptions) -> None:
+        self._exchange = exchange
+        self._slot = slot
+        self._options = options
+        self._envelope = _envelope(exchange, options.model, "chat.completion.chunk")
+        self._num_open = options.num_choices
+        self._has_begun = False
+
+    async def on_token(self, token: Token) -> None:
+        logprobs = [_logprob_entry(token)] if self._options.logprobs else None
+        chunk = self._chunk(token.choice, {"content": token.text}, logprobs=logprobs, token_ids=[token.token_id])
+        await self._send([*await self._begin(), chunk])
+
+    async def on_finished(self, finished: Finished) -> None:
+        self._num_open -= 1
+        chunks = await self._begin()
+        if finished.text:
+            chunks.append(self._chunk(finished.choice, {"content": finished.text}))
+        chunks.append(self._chunk(finished.choice, {}, finish_reason=finished.finish_reason))
+        if self._num_open == 0 and not self._options.include_usage:
+            self._add_metrics(chunks[-1])
+        await self._send(chunks)
+
+    async def end(self) -> None:
+        """Send what follows the last choice, and close the stream."""
+        last = b""
+        if self._options.include_usage:
+            chunk = {**self._envelope, "choices": [], "usage": self._exchange.record.usage()}
+            self._add_metrics(chunk)
+            last = sse.data(chunk)
+        await self._write(last + sse.DONE, more_body=False)
+
+    async def _begin(self) -> list[dict[str, Any]]:
+        """Before the first chunk: status, headers, and the role of each choice."""
+        if self._has_begun:
+            return []
+        self._has_begun = True
+        self._slot.first_token()
+        headers = {**sse.HEADERS, **self._options.headers}
+        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._exchange.send({"type": "http.response.start", "status": 200, "headers": raw})
+        return [
+            self._chunk(choice, {"role": "assistant", "content": ""}) for choice in range(self._options.num_choices)
+        ]
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: dict[str, Any],
+        *,
+        logprobs: list[dict[str, Any]] | None = None,
+        token_ids: list[int] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "index": choice,
+            "delta": delta,
+            "logprobs": None if logprobs is None else _logprobs(logprobs),
+            "finish_reason": finish_reason,
+        }
+        if self._options.token_ids and token_ids is not None:
+            entry["token_ids"] = token_ids
+        chunk = {**self._envelope, "choices": [entry]}
+        if self._options.continuous_usage:
+            chunk["usage"] = self._exchange.record.usage()
+        elif self._options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _add_metrics(self, chunk: dict[str, Any]) -> None:
+        if self._options.metrics:
+            chunk["metrics"] = self._exchange.record.metrics_block()
+
+    async def _send(self, chunks: Sequence[dict[str, Any]]) -> None:
+        await self._write(b"".join(sse.data(chunk) for chunk in chunks), more_body=True)
+
+    async def _write(self, data: bytes, *, more_body: bool) -> None:
+        """The server's buffer is small: a client that does not read stops us here, and is dropped after a while."""
+        try:
+            async with asyncio.timeout(self._options.slow_reader_timeout):
+                await self._exchange.send({"type": "http.response.body", "body": data, "more_body": more_body})
+        except TimeoutError:
+            raise Cancelled("the client does not read") from None
+
+
+def _envelope(exchange: Exchange, model: str, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{exchange.record.request_id}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+    }
+
+
+def _logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"content": entries, "refusal": None}
+
+
+def _logprob_entry(token: Token) -> dict[str, Any]:
+    return {**_token_logprob(token.logprob), "top_logprobs": [_token_logprob(top) for top in token.top_logprobs]}
+
+
+def _token_logprob(entry: TokenLogprob) -> dict[str, Any]:
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.token_bytes)}

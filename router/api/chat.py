@@ -1,0 +1,231 @@
+"""``POST /v1/chat/completions``: from the bytes of a body to an answer, and the watch for a client that leaves."""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Final
+
+from starlette.types import Receive, Scope, Send
+
+from common.service.errors import (
+    Cancelled,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RequestReadTimeout,
+    RequestTooLarge,
+)
+from protos.status_pb2 import ModelInfo
+from router.admission import Admission, HeldBytes, Slot
+from router.api.answers import AnswerOptions, FullAnswer, StreamAnswer
+from router.api.exchange import Exchange
+from router.api.models import ModelList
+from router.api.schemas import ChatCompletionRequest, parse_chat
+from router.api.translate import Origin, count_images, translate
+from router.pipeline import ChatRequest, Pipeline
+from router.record import Deadline
+from router.settings import RouterSettings
+from router.workers import Fleet
+
+log = logging.getLogger(__name__)
+
+_LARGE_BODY_BYTES: Final = 256 * 1024
+"""Bodies above this are read in a thread, so that they do not hold up the tokens of others."""
+_MAX_NAMED_FIELDS: Final = 10
+_UNCLEAN: Final = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+class ChatEndpoint:
+    """An ASGI application for one route. Raises DvdError; the exchange's owner tells the client."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        models: ModelList,
+        admission: Admission,
+        settings: RouterSettings,
+        cut_off: asyncio.Event,
+    ) -> None:
+        """``cut_off`` is set when a drain has waited long enough: whatever still runs is ended."""
+        self._fleet = fleet
+        self._models = models
+        self._pipeline = Pipeline(fleet)
+        self._admission = admission
+        self._settings = settings
+        self._cut_off = cut_off
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange.of(scope)
+        exchange.record.is_chat = True
+        with self._admission.hold(0) as held:
+            # Nobody but the work itself holds on to the body.
+            work = self._answer(exchange, await self._read_body(exchange, receive, held))
+            await self._until_left_or_cut_off(receive, work)
+
+    async def _until_left_or_cut_off(self, receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` to its end, unless nobody waits for it any more or the drain is over.
+
+        Raises:
+            Cancelled: the client left; ``work`` was cancelled and has let go of everything.
+            Overloaded: ``draining``; likewise.
+        """
+        working = asyncio.create_task(work)
+        leaving = asyncio.create_task(_wait_disconnect(receive))
+        cutting = asyncio.create_task(self._cut_off.wait())
+        tasks: list[asyncio.Task[Any]] = [working, leaving, cutting]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise Cancelled("the client left") if leaving.done() else draining()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read_body(self, exchange: Exchange, receive: Receive, held: HeldBytes) -> bytes:
+        """The whole body, bounded in size and time.
+
+        Raises:
+            RequestTooLarge, RequestReadTimeout, Overloaded; Cancelled when the client leaves.
+        """
+        limit = self._settings.max_body_bytes
+        declared = exchange.headers.get("content-length", "")
+        # The declared size is refused before the first byte is kept; what is kept is counted as it comes.
+        if declared.isdigit() and int(declared[:20]) > limit:
+            raise _body_too_large(limit)
+        chunks: list[bytes] = []
+        num_bytes = 0
+        try:
+            async with asyncio.timeout(self._settings.body_read_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Cancelled("the client left")
+                    chunk: bytes = message.get("body", b"")
+                    num_bytes += len(chunk)
+                    if num_bytes > limit:
+                        raise _body_too_large(limit)
+                    held.grow(len(chunk))
+                    chunks.append(chunk)
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            raise RequestReadTimeout("the body took too long to arrive") from None
+
+    async def _answer(self, exchange: Exchange, body: bytes) -> None:
+        exchange.record.stage = "admit"
+        is_large = len(body) > _LARGE_BODY_BYTES
+        parsed, ignored = await _in_thread_if(is_large, parse_chat, body)
+        del body  # as large as all images together; the answer may take minutes
+        _name_request(exchange, parsed)
+        _refuse_ignored(exchange, ignored)
+        model = self._check_model(parsed)
+        self._check_servers(parsed)
+        exchange.record.num_images = count_images(parsed)
+        exchange.record.kind = "image" if exchange.record.num_images else "text"
+        with self._admission.enter(exchange.record.kind) as slot:
+            request = await self._translate(exchange, parsed, model, is_large)
+            answer = self._make_answer(exchange, parsed, slot, _ignored_header(ignored))
+            del parsed  # likewise: it still holds every image in base64
+            await self._pipeline.run(request, answer, exchange.record)
+            await answer.end()
+
+    async def _translate(
+        self, exchange: Exchange, parsed: ChatCompletionRequest, model: ModelInfo, is_large: bool
+    ) -> ChatRequest:
+        started_at = time.monotonic()
+        origin = Origin(
+            request_id=secrets.token_bytes(16),
+            tenant=exchange.tenant,
+            deadline=Deadline(exchange.record.received_at + self._time_limit(exchange)),
+        )
+        request: ChatRequest = await _in_thread_if(is_large, translate, parsed, origin, model, self._settings)
+        if request.images:
+            exchange.record.media_seconds = time.monotonic() - started_at
+            exchange.record.num_tiles = sum(image.num_tiles for image in request.images)
+        return request
+
+    def _make_answer(
+        self, exchange: Exchange, parsed: ChatCompletionRequest, slot: Slot, headers: Mapping[str, str]
+    ) -> FullAnswer | StreamAnswer:
+        options = AnswerOptions.of(
+            parsed,
+            model=self._models.name_for(parsed.model),
+            metrics=self._settings.enable_per_request_metrics,
+            headers=headers,
+            slow_reader_timeout=self._settings.slow_reader_timeout,
+        )
+        return StreamAnswer(exchange, slot, options) if parsed.stream else FullAnswer(exchange, slot, options)
+
+    def _check_model(self, parsed: ChatCompletionRequest) -> ModelInfo:
+        """What is served. Raises NotFound for another model, Overloaded while nothing is known yet."""
+        # Before the first server has spoken any name may turn out to be right.
+        if parsed.model is not None and self._models.is_known and not self._models.knows(parsed.model):
+            raise NotFound(f"no model {parsed.model[:64]!r} here", code="model_not_found", param="model")
+        if self._fleet.model is None:
+            raise _not_ready()
+        return self._fleet.model
+
+    def _check_servers(self, parsed: ChatCompletionRequest) -> None:
+        if not self._fleet.has_language or (count_images(parsed) and not self._fleet.has_vision):
+            raise _not_ready()
+
+    def _time_limit(self, exchange: Exchange) -> float:
+        """Seconds from receipt: what the client grants, capped by our own limit."""
+        asked = exchange.headers.get("x-dvd-deadline-ms")
+        if asked is None:
+            return self._settings.request_timeout
+        if not (asked.isascii() and asked.isdigit() and 0 < len(asked) <= 12 and int(asked) > 0):
+            raise InvalidRequest("X-Dvd-Deadline-Ms must be a positive whole number", param="X-Dvd-Deadline-Ms")
+        return min(int(asked) / 1e3, self._settings.request_timeout)
+
+
+async def _wait_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _in_thread_if(is_large: bool, function: Any, *arguments: Any) -> Any:
+    return await asyncio.to_thread(function, *arguments) if is_large else function(*arguments)
+
+
+def _name_request(exchange: Exchange, parsed: ChatCompletionRequest) -> None:
+    """The header's id wins over the body's."""
+    in_body = parsed.request_id or parsed.rid
+    if in_body is not None and not exchange.has_own_id:
+        exchange.record.request_id = in_body
+
+
+def _refuse_ignored(exchange: Exchange, ignored: Sequence[str]) -> None:
+    if not ignored:
+        return
+    log.debug("request id=%s: ignored fields: %s", exchange.record.request_id, _clean(ignored))
+    if exchange.headers.get("x-dvd-strict") == "1":
+        raise InvalidRequest(
+            f"unknown fields: {_clean(ignored)}", code="unsupported_parameter", param=_UNCLEAN.sub("?", ignored[0][:64])
+        )
+
+
+def _ignored_header(ignored: Sequence[str]) -> dict[str, str]:
+    return {"x-dvd-ignored": _clean(ignored)} if ignored else {}
+
+
+def _clean(names: Sequence[str]) -> str:
+    return ", ".join(_UNCLEAN.sub("?", name[:64]) for name in names[:_MAX_NAMED_FIELDS])
+
+
+def draining() -> Overloaded:
+    """This router is about to go away."""
+    return Overloaded("this server is shutting down", code="draining", retry_after=1.0)
+
+
+def _not_ready() -> Overloaded:
+    return Overloaded("the servers are not ready yet", code="not_ready", retry_after=1.0)
+
+
+def _body_too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(f"a request may have at most {limit} bytes")

@@ -1,0 +1,222 @@
+"""What a client may send to ``/v1/chat/completions``: fields, kinds and bounds (API.md section 2).
+
+Bounds that depend on the model or on options are checked in ``translate``. ``null`` means "not given" for every field.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from common.service.errors import InvalidRequest
+
+MAX_JSON_DEPTH: Final = 64
+MAX_JSON_CONTAINERS: Final = 200_000
+"""Objects and arrays in one body; far above 128 images, and bounds what a body of brackets costs to read."""
+_MAX_SHOWN_CHARS: Final = 64
+
+PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}\Z")]
+Uuid = Annotated[str, Meta(pattern=r"^[\x20-\x7e]{1,128}\Z")]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Detail = Literal["low", "high", "auto"]
+
+
+class ImageUrl(Struct):
+    """Where an image is and how many tiles it may have."""
+
+    url: str
+    detail: Detail | None = None
+    max_dynamic_patch: PositiveInt | None = None
+    min_dynamic_patch: PositiveInt | None = None
+
+
+class Part(Struct):
+    """One part of a message. Which other fields count depends on ``type``."""
+
+    type: str
+    text: str | None = None
+    image_url: str | ImageUrl | None = None
+    uuid: Uuid | None = None
+
+
+class Message(Struct):
+    """One turn."""
+
+    role: Role
+    content: str | Annotated[list[Part], Meta(min_length=1, max_length=1024)] | None = None
+    tool_calls: list[Raw] | None = None
+
+
+class StreamOptions(Struct):
+    """What a stream carries beside tokens."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class TileBudget(Struct, forbid_unknown_fields=True):
+    """``mm_processor_kwargs``: the only two keys that are read."""
+
+    max_dynamic_patch: PositiveInt | None = None
+    min_dynamic_patch: PositiveInt | None = None
+
+
+class VideoIo(Struct, forbid_unknown_fields=True):
+    """Accepted for clients that always send it."""
+
+    num_frames: PositiveInt | None = None
+    fps: float | None = None
+
+
+class MediaIo(Struct, forbid_unknown_fields=True):
+    """``media_io_kwargs``."""
+
+    video: VideoIo | None = None
+
+
+class ChatCompletionRequest(Struct):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
+    model: Annotated[str, Meta(max_length=1024)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    n: PositiveInt | None = None
+    seed: Int64 | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=16)] | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_dynamic_patch: PositiveInt | None = None
+    min_dynamic_patch: PositiveInt | None = None
+    mm_processor_kwargs: TileBudget | None = None
+    media_io_kwargs: MediaIo | None = None
+    request_id: ClientId | None = None
+    rid: ClientId | None = None
+    priority: Annotated[int, Meta(ge=-128, le=127)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=128)] | None = None
+    user: Annotated[str, Meta(max_length=256)] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+# Fields that would change or constrain the output and that nothing here can honour yet, with the values that ask for
+# nothing. Everything else in them is refused: a 200 with free text would be a lie.
+_UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structural_tag": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "use_beam_search": (False,),
+    "best_of": (1,),
+    "modalities": (["text"], []),
+    "audio": (),
+    "prompt_embeds": (),
+    "continue_final_message": (False,),
+}
+
+_top_level = msgspec.json.Decoder(dict[str, Raw])
+_chat = msgspec.json.Decoder(ChatCompletionRequest)
+_WHERE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
+_QUOTED = re.compile(rf"(?P<quote>['`])(?P<start>[^'`]{{{_MAX_SHOWN_CHARS}}})[^'`]*(?P=quote)")
+_JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
+
+
+def parse_chat(body: bytes) -> tuple[ChatCompletionRequest, list[str]]:
+    """The request, and the names of top-level fields that mean nothing to us.
+
+    Raises:
+        InvalidRequest: ``invalid_json``, ``invalid_value`` with the field's path, or ``unsupported_parameter``.
+    """
+    _check_nesting(body)
+    fields: dict[str, Raw] = _decode(_top_level, body)
+    for name in _UNSUPPORTED.keys() & fields.keys():
+        _check_inert(name, bytes(fields[name]))
+    request: ChatCompletionRequest = _decode(_chat, body)
+    known = _UNSUPPORTED.keys() | set(ChatCompletionRequest.__struct_fields__)
+    unknown = sorted(fields.keys() - known)
+    return request, [name for name in unknown if bytes(memoryview(fields[name])[:5]) != b"null"]
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message, param = _explain(str(error))
+        raise InvalidRequest(message, param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequest("the body is not valid JSON", code="invalid_json") from None
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _explain(message: str) -> tuple[str, str | None]:
+    """A message of msgspec, split into what is wrong and the path of the field."""
+    where = _WHERE.search(message)
+    path = where["path"] if where else ""
+    reason = _QUOTED.sub(r"\g<quote>\g<start>...\g<quote>", message[: where.start()] if where else message)
+    return f"{path}: {reason}" if path else reason, path or None
+
+
+def _check_inert(name: str, raw: bytes) -> None:
+    inert = (None, *_UNSUPPORTED[name])
+    # None of the harmless values is long; a long one need not even be read.
+    if len(raw) > 1024 or msgspec.json.decode(raw) not in inert:
+        raise InvalidRequest(f"{name} is not supported by this server", code="unsupported_parameter", param=name)
+
+
+def _check_nesting(body: bytes) -> None:
+    """Bound depth and number of containers before anything is built from them."""
+    if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
+        return
+    depth = num_containers = 0
+    for token in _JSON_TOKEN.finditer(body):
+        first = body[token.start()]
+        if first in b"[{":
+            depth += 1
+            num_containers += 1
+            if depth > MAX_JSON_DEPTH:
+                raise _too_deep()
+            if num_containers > MAX_JSON_CONTAINERS:
+                raise InvalidRequest("the body has too many objects and arrays")
+        elif first in b"]}":
+            depth -= 1
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"the body is nested deeper than {MAX_JSON_DEPTH} levels", code="invalid_json")

@@ -1,0 +1,27 @@
+"""Server-sent events: the bytes of one event (API.md section 4).
+
+One token is one event: benchmark tools measure the time between events, and merging would hide stalls. No comments are
+ever sent, since some of them parse every line as JSON.
+"""
+
+from typing import Any, Final
+
+import msgspec
+
+DONE: Final = b"data: [DONE]\n\n"
+HEADERS: Final = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+_encode = msgspec.json.Encoder().encode
+
+
+def data(content: Any) -> bytes:
+    """An ordinary event."""
+    return b"data: " + _encode(content) + b"\n\n"
+
+
+def error(content: Any) -> bytes:
+    """An error after the 200. The event's name is what makes every client notice."""
+    return b"event: error\n" + data(content)

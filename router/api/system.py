@@ -1,0 +1,43 @@
+"""``GET /live /health /metrics /version``: what operators and load balancers ask."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+from starlette.types import Receive, Scope, Send
+
+from common.service import metrics
+from protos import frame
+from router.api.exchange import Exchange
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Live:
+    """200 while the event loop runs, also while loading or draining."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await Exchange.of(scope).respond(200, b"", {})
+
+
+class Health:
+    """Readiness: 200 once a vision and a language server are warm, 503 while loading, draining or a tier is empty."""
+
+    def __init__(self, is_ready: Callable[[], bool]) -> None:
+        self._is_ready = is_ready
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await Exchange.of(scope).respond(200 if self._is_ready() else 503, b"", {})
+
+
+class Metrics:
+    """Prometheus text of this process."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await Exchange.of(scope).respond(200, metrics.exposition("router"), {"content-type": _METRICS_TYPE})
+
+
+class Version:
+    """Version of this build and of the wire it speaks."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await Exchange.of(scope).respond_json({"version": version("dvd-serve"), "wire_version": frame.VERSION})

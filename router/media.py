@@ -1,0 +1,119 @@
+"""The one place that turns a media URL into compressed bytes and looks at them.
+
+Only ``data:`` URLs are read. Nothing here decodes pixels: Pillow reads width and height from the header. Knows nothing
+of tiles, prompts or servers.
+"""
+
+import binascii
+import re
+import struct
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Final
+
+from PIL import Image, UnidentifiedImageError
+
+from common.service import metrics
+from common.service.errors import InvalidRequest, RequestTooLarge
+
+_SIGNATURES: Final = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    "BMP": re.compile(rb"BM"),
+}
+_DATA_URL = re.compile(r"data:(?P<media_type>[^,]*),", re.IGNORECASE)
+_MAX_MEDIA_TYPE_CHARS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class MediaLimits:
+    """Caps of RELIABILITY.md section 5.6 for one item."""
+
+    max_item_bytes: int
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedImage:
+    """An image as the client sent it. ``data`` is JPEG, PNG, WebP, GIF or BMP with a readable header."""
+
+    data: bytes
+    width: int
+    height: int
+
+    @property
+    def num_pixels(self) -> int:
+        return self.width * self.height
+
+
+def load_image(url: str, limits: MediaLimits, param: str) -> CompressedImage:
+    """The image behind a URL.
+
+    Raises:
+        InvalidRequest: ``media_url_blocked`` for everything that is not a ``data:`` URL, ``invalid_image`` for what
+            is not an image or too large in pixels.
+        RequestTooLarge: more compressed bytes than allowed.
+    """
+    data = _decode_data_url(url, limits, param)
+    width, height = _read_size(data, limits, param)
+    metrics.MEDIA_BYTES.labels("data").inc(len(data))
+    return CompressedImage(data, width, height)
+
+
+def _decode_data_url(url: str, limits: MediaLimits, param: str) -> bytes:
+    """RFC 2397 with ``;base64`` required and decoded strictly; the declared media type is ignored."""
+    if url[:5].lower() != "data:":
+        _count("blocked")
+        raise InvalidRequest("this media URL is not allowed", code="media_url_blocked", param=param)
+    header = _DATA_URL.match(url[:_MAX_MEDIA_TYPE_CHARS])
+    if header is None or not header["media_type"].lower().endswith(";base64"):
+        raise _invalid("base64", "a data: URL must carry ;base64 and a comma", param)
+    # Four characters make three bytes; too much is refused before it is decoded.
+    if (len(url) - header.end()) // 4 * 3 > limits.max_item_bytes + 3:
+        raise _too_large(limits, param)
+    try:
+        data = binascii.a2b_base64(url[header.end() :], strict_mode=True)
+    except ValueError:  # binascii.Error, or characters outside ASCII
+        raise _invalid("base64", "the data: URL is not valid base64", param) from None
+    if len(data) > limits.max_item_bytes:
+        raise _too_large(limits, param)
+    return data
+
+
+def _read_size(data: bytes, limits: MediaLimits, param: str) -> tuple[int, int]:
+    image_format = next((name for name, signature in _SIGNATURES.items() if signature.match(data)), None)
+    if image_format is None:
+        raise _invalid("format", "not a JPEG, PNG, WebP, GIF or BMP image", param)
+    try:
+        with Image.open(BytesIO(data), formats=[image_format]) as image:
+            width, height = image.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels(limits, param) from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error):
+        # What Pillow's header parsers raise. Its messages may name addresses, so none is passed on.
+        raise _invalid("format", "the image cannot be read", param) from None
+    if width < 1 or height < 1:
+        raise _invalid("format", "the image is empty", param)
+    if width * height > limits.max_pixels:
+        raise _too_many_pixels(limits, param)
+    return width, height
+
+
+def _too_large(limits: MediaLimits, param: str) -> RequestTooLarge:
+    _count("too_large")
+    return RequestTooLarge(f"an image may have at most {limits.max_item_bytes} bytes", param=param)
+
+
+def _too_many_pixels(limits: MediaLimits, param: str) -> InvalidRequest:
+    return _invalid("pixels", f"an image may have at most {limits.max_pixels} pixels", param)
+
+
+def _invalid(reason: str, message: str, param: str) -> InvalidRequest:
+    _count(reason)
+    return InvalidRequest(message, code="invalid_image", param=param)
+
+
+def _count(reason: str) -> None:
+    metrics.MEDIA_REJECTED.labels(reason).inc()

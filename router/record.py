@@ -1,0 +1,192 @@
+"""What happened to one HTTP request: the source of its log line, its metrics and its ``metrics`` block.
+
+Times are seconds of the monotonic clock inside and milliseconds outside (API.md section 4).
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from common.service import metrics
+from common.service.errors import DeadlineExceeded
+from protos.language_pb2 import Admitted, Finished, Token
+from protos.vision_pb2 import EncodeReply
+from router.admission import RequestClass
+
+log = logging.getLogger(__name__)
+
+Stage = Literal["read", "admit", "language", "vision", "decode", "done"]
+"""Where a request is: reading the body; checks and admission; waiting for a first token, with images to encode
+("vision") or without ("language"); between tokens; answered."""
+
+CLIENT_LEFT: Final = 499
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The end of a request's time, on the monotonic clock."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> "Deadline":
+        return cls(time.monotonic() + seconds)
+
+    def remaining(self) -> float:
+        """Seconds left. Raises DeadlineExceeded when there are none."""
+        seconds = self.at - time.monotonic()
+        if seconds <= 0:
+            raise DeadlineExceeded("the request's time is used up")
+        return seconds
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Filled in while a request moves through the router."""
+
+    request_id: str
+    received_at: float = field(default_factory=time.monotonic)
+    kind: RequestClass = "text"
+    stage: Stage = "read"
+    is_chat: bool = False
+    num_images: int = 0
+    num_tiles: int = 0
+    media_seconds: float | None = None
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    encode_attempts: int = 0
+    encoded: list[EncodeReply] = field(default_factory=list)
+    finished: dict[int, Finished] = field(default_factory=dict)
+    first_token_at: float | None = None
+    last_token_at: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def has_first_token(self) -> bool:
+        return self.first_token_at is not None
+
+    def admitted(self, admitted: Admitted) -> None:
+        """The language server has taken the request."""
+        self.num_prompt_tokens = admitted.num_prompt_tokens
+        self.stage = "vision" if admitted.missing else "language"
+        metrics.REQUEST_QUEUE_SECONDS.labels(self.kind).observe(self.age())
+
+    def token(self, token: Token) -> None:
+        """A token has come."""
+        now = time.monotonic()
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.stage = "decode"
+            metrics.TIME_TO_FIRST_TOKEN_SECONDS.labels(self.kind).observe(now - self.received_at)
+        if token.choice in self.last_token_at:
+            gap = now - self.last_token_at[token.choice]
+            metrics.INTER_TOKEN_LATENCY_SECONDS.labels(self.kind).observe(gap)
+        self.last_token_at[token.choice] = now
+        self.num_tokens += 1
+
+    def choice_finished(self, finished: Finished) -> None:
+        """One choice has ended."""
+        self.finished[finished.choice] = finished
+        metrics.REQUEST_SUCCESS.labels(finished.finish_reason).inc()
+
+    def age(self) -> float:
+        """Seconds since the request came in."""
+        return time.monotonic() - self.received_at
+
+    def usage(self) -> dict[str, Any]:
+        """The ``usage`` object: final once all choices have ended, running before."""
+        done = [finished.usage for finished in self.finished.values()]
+        completion_tokens = sum(usage.completion_tokens for usage in done)
+        if not done or self.stage != "done":
+            completion_tokens = max(completion_tokens, self.num_tokens)
+        prompt_tokens = max((usage.prompt_tokens for usage in done), default=self.num_prompt_tokens)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {
+                "cached_tokens": max((usage.cached_tokens for usage in done), default=0),
+                "multimodal_tokens": {"image": max((usage.image_tokens for usage in done), default=0)},
+            },
+        }
+
+    def metrics_block(self) -> dict[str, Any]:
+        """Stage times of a finished request; ``*_ms`` is the slowest item's, null where a stage did not run."""
+        timings = [finished.timings for finished in self.finished.values()]
+        decode_ms = _slowest(timing.decode_ms for timing in timings)
+        num_tokens = max((finished.usage.completion_tokens for finished in self.finished.values()), default=0)
+        return {
+            "time_to_first_token_ms": _slowest(timing.prefill_ms for timing in timings),
+            "queue_time_ms": _slowest(timing.queue_ms for timing in timings),
+            "generation_time_ms": decode_ms,
+            "mean_itl_ms": round(decode_ms / (num_tokens - 1), 3) if decode_ms is not None and num_tokens > 1 else None,
+            "tokens_per_second": round(num_tokens / decode_ms * 1e3, 3) if decode_ms else None,
+            "dvd": self._stages(),
+        }
+
+    def finish(self, status: int, code: str | None) -> None:
+        """The request has ended with ``status`` (499: its client left): count it and write its log line."""
+        if not self.is_chat:
+            return
+        if status == CLIENT_LEFT:
+            metrics.REQUESTS_ABORTED.labels(self.stage).inc()
+        elif code is not None:
+            metrics.REQUEST_ERRORS.labels(code, self.stage).inc()
+        else:
+            self._count_success()
+        stages = {key: value for key, value in self._stages().items() if value is not None}
+        usage = self.usage()
+        log.info(
+            "request id=%s status=%d code=%s stage=%s prompt_tokens=%d completion_tokens=%d %s",
+            *(self.request_id, status, code or "-", self.stage, usage["prompt_tokens"], usage["completion_tokens"]),
+            " ".join(f"{key}={value}" for key, value in stages.items()),
+        )
+
+    def _stages(self) -> dict[str, Any]:
+        vision = [reply.timings for reply in self.encoded]
+        language = [finished.timings for finished in self.finished.values()]
+        return {
+            "total_ms": _milliseconds(self.age()),
+            "fetch_ms": None if self.media_seconds is None else _milliseconds(self.media_seconds),
+            "decode_ms": _slowest(timing.decode_ms for timing in vision),
+            "vision_queue_ms": _slowest(timing.queue_ms for timing in vision),
+            "encode_ms": _slowest(timing.encode_ms for timing in vision),
+            "transfer_ms": _slowest(timing.transfer_ms for timing in vision),
+            "feature_wait_ms": _slowest(timing.feature_wait_ms for timing in language),
+            "language_queue_ms": _slowest(timing.queue_ms for timing in language),
+            "prefill_ms": _slowest(timing.prefill_ms for timing in language),
+            "images": self.num_images,
+            "tiles": self.num_tiles,
+            "image_tokens": max((finished.usage.image_tokens for finished in self.finished.values()), default=0),
+            "feature_bytes": sum(reply.feature_bytes for reply in self.encoded),
+            "feature_cache_hits": sum(reply.cache_hit for reply in self.encoded),
+            "encode_attempts": self.encode_attempts,
+            "transport": next((reply.transport for reply in self.encoded), None),
+        }
+
+    def _count_success(self) -> None:
+        usage = self.usage()
+        num_image_tokens = usage["prompt_tokens_details"]["multimodal_tokens"]["image"]
+        metrics.PROMPT_TOKENS.labels("text").inc(max(0, usage["prompt_tokens"] - num_image_tokens))
+        metrics.PROMPT_TOKENS.labels("image").inc(num_image_tokens)
+        metrics.CACHED_PROMPT_TOKENS.inc(usage["prompt_tokens_details"]["cached_tokens"])
+        metrics.GENERATION_TOKENS.inc(usage["completion_tokens"])
+        metrics.REQUEST_PROMPT_TOKENS.observe(usage["prompt_tokens"])
+        metrics.REQUEST_GENERATION_TOKENS.observe(usage["completion_tokens"])
+        metrics.REQUEST_IMAGES.observe(self.num_images)
+        metrics.REQUEST_TILES.observe(self.num_tiles)
+        metrics.REQUEST_DURATION_SECONDS.labels(self.kind).observe(self.age())
+        for finished in self.finished.values():
+            if finished.usage.completion_tokens > 1:
+                seconds = finished.timings.decode_ms / 1e3 / (finished.usage.completion_tokens - 1)
+                metrics.TIME_PER_OUTPUT_TOKEN_SECONDS.labels(self.kind).observe(seconds)
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+def _slowest(milliseconds: Iterable[float]) -> float | None:
+    slowest = max(milliseconds, default=None)
+    return None if slowest is None else round(slowest, 3)

@@ -1,0 +1,164 @@
+"""The router as one ASGI application: who may come in, which route answers, and how failures leave.
+
+Everything a request needs is owned here: the fleet's watchers, the admission bounds, the drain.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Final
+
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
+
+from common.service import metrics
+from common.service.errors import AuthenticationFailed, HeadersTooLarge
+from protos import frame
+from router.admission import Admission
+from router.api import system
+from router.api.chat import ChatEndpoint, draining
+from router.api.exchange import Exchange
+from router.api.models import GetModel, ListModels, ModelList
+from router.settings import RouterSettings
+from router.workers import Fleet
+
+log = logging.getLogger(__name__)
+
+_OPEN_PATHS: Final = frozenset({"/live", "/health"})
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_DRAIN_POLL_SECONDS: Final = 0.05
+
+
+class RouterServer:
+    """The ASGI application. ``running`` brings it to life; until then it answers that it is not ready."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.settings = settings
+        self.fleet = Fleet(settings.vision, settings.language)
+        self.models = ModelList(self.fleet, settings.served_model_name)
+        self.admission = Admission(
+            {"text": settings.max_num_queued_reqs, "image": settings.max_num_queued_image_reqs},
+            settings.max_held_body_bytes,
+        )
+        self.is_draining = False
+        self._cut_off = asyncio.Event()
+        self._keys = _Keys([key.get_secret_value() for key in settings.api_key])
+        self._routes = Router(self._make_routes(), redirect_slashes=False)
+
+    @property
+    def is_ready(self) -> bool:
+        """What ``/health`` says."""
+        return self.fleet.is_ready and not self.is_draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One HTTP request. Never raises: the seam where every failure becomes an answer."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"no {scope['type']} here")
+        exchange = Exchange(scope, send)
+        try:
+            self._check_headers(exchange)
+            self._check_key(exchange)
+            self._check_drain(exchange)
+            # With "app" in the scope starlette raises its 404 and 405 instead of answering in plain text.
+            await self._routes({**scope, "app": self}, receive, exchange.send)
+        except Exception as error:  # noqa: BLE001 - the seam: every failure becomes an answer
+            await exchange.fail(error)
+        finally:
+            self._count(exchange)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Follow the servers while inside."""
+        self._export_gauges()
+        self.fleet.start()
+        try:
+            yield
+        finally:
+            await self.fleet.close()
+
+    async def drain(self) -> None:
+        """Refuse new work and return when the admitted work has ended, or the grace has."""
+        self.is_draining = True
+        metrics.set_state("draining")
+        log.info("draining: %d requests are running", self.admission.num_running)
+        try:
+            async with asyncio.timeout(self.settings.shutdown_timeout):
+                while self.admission.num_running > 0:
+                    await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        except TimeoutError:
+            log.warning("the grace is over: %d requests are cut off", self.admission.num_running)
+            self._cut_off.set()
+
+    def _make_routes(self) -> list[Route]:
+        chat = ChatEndpoint(self.fleet, self.models, self.admission, self.settings, self._cut_off)
+        return [
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/models", ListModels(self.models), methods=["GET"]),
+            Route("/v1/models/{model_id:path}", GetModel(self.models), methods=["GET"]),
+            Route("/live", system.Live(), methods=["GET"]),
+            Route("/health", system.Health(lambda: self.is_ready), methods=["GET"]),
+            Route("/metrics", system.Metrics(), methods=["GET"]),
+            Route("/version", system.Version(), methods=["GET"]),
+        ]
+
+    def _check_headers(self, exchange: Exchange) -> None:
+        raw = exchange.headers.raw
+        num_bytes = sum(len(name) + len(value) for name, value in raw)
+        if len(raw) > self.settings.max_headers or num_bytes > self.settings.max_header_bytes:
+            raise HeadersTooLarge("the headers are too large")
+
+    def _check_key(self, exchange: Exchange) -> None:
+        """Every route needs a key unless listed open; the path is the one that routes, never rebuilt from ``Host``."""
+        if not self._keys or exchange.path in _OPEN_PATHS:
+            return
+        scheme, _, token = exchange.headers.get("authorization", "").partition(" ")
+        tenant = self._keys.tenant_of(token.strip()) if scheme.lower() == "bearer" else None
+        if tenant is None:
+            metrics.AUTH_FAILURES.labels("http").inc()
+            raise AuthenticationFailed("a valid API key is required")
+        exchange.tenant = tenant
+
+    def _check_drain(self, exchange: Exchange) -> None:
+        if self.is_draining and exchange.method == "POST":
+            metrics.ADMISSION_REJECTIONS.labels("text", "draining").inc()
+            raise draining()
+
+    def _count(self, exchange: Exchange) -> None:
+        status = exchange.status or 0
+        method = exchange.method if exchange.method in _METHODS else "other"
+        metrics.HTTP_REQUESTS.labels(self._route_of(exchange.path), method, status).inc()
+        exchange.record.finish(status, exchange.code)
+
+    def _route_of(self, path: str) -> str:
+        """A label out of a closed set."""
+        known = {route.path for route in self._routes.routes if isinstance(route, Route)}
+        if path.startswith("/v1/models/"):
+            return "/v1/models/{id}"
+        return path if path in known else "other"
+
+    def _export_gauges(self) -> None:
+        metrics.BUILD_INFO.labels(version("dvd-serve"), str(frame.VERSION)).set(1)
+        metrics.set_model(next(iter(self.models.names), ""))
+        metrics.set_state("starting")
+        metrics.REQUESTS_RUNNING.set_function(lambda: self.admission.num_running)
+        metrics.REQUESTS_WAITING.labels("language").set_function(lambda: self.admission.num_waiting)
+
+
+class _Keys:
+    """API keys, kept and compared as digests; each is a tenant."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def tenant_of(self, token: str) -> str | None:
+        """Name of the key's cache scope, None for a wrong key. Takes the same time for every wrong one."""
+        offered = hashlib.sha256(token.encode()).digest()
+        matches = [digest for digest in self._digests if hmac.compare_digest(digest, offered)]
+        return matches[0].hex() if matches else None

@@ -1,0 +1,61 @@
+"""Options of the router: bounds of API.md section 2 and resource caps of RELIABILITY.md section 5.6."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import model_validator
+
+from common.service.settings import Field, SecretStr, Settings
+
+MIB = 2**20
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class RouterSettings(Settings):
+    """The OpenAI-compatible gateway: takes HTTP requests and coordinates vision and language servers."""
+
+    program: ClassVar[str] = "dvd router"
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
+    uds: Path | None = Field(None, description="listen on this Unix socket instead of host and port")
+    announce: Path | None = Field(None, description="file to write name and address to, once ready")
+
+    vision: list[str] = Field(min_length=1, description="addresses of vision servers, comma separated")
+    language: list[str] = Field(min_length=1, description="addresses of language servers, comma separated")
+
+    served_model_name: list[str] = Field(
+        [], description="names clients may ask for, the first is shown; default: what the servers call the model"
+    )
+    api_key: list[SecretStr] = Field([], description="accepted bearer tokens; empty: everybody may ask")
+
+    max_dynamic_patch: Count | None = Field(None, description="tiles per image by default; unset: the model's value")
+    max_tiles_per_image: Count = Field(40, description="most tiles a client may ask for, thumbnail not counted")
+    max_media_items: Count = Field(128, description="images per request")
+    max_item_bytes: Count = Field(20 * 10**6, description="compressed bytes of one image")
+    max_image_pixels: Count = Field(50 * 10**6, description="pixels of one image")
+    max_request_pixels: Count = Field(400 * 10**6, description="pixels of all images of a request")
+    max_n: Count = Field(64, description="choices per request")
+
+    max_body_bytes: Count = Field(128 * MIB, description="bytes of one request body")
+    max_held_body_bytes: Count = Field(2048 * MIB, description="bytes of all bodies and images held at once")
+    max_header_bytes: Count = Field(32 * 1024, description="bytes of all headers of a request")
+    max_headers: Count = Field(256, description="headers of a request")
+    body_read_timeout: Seconds = Field(30.0, description="seconds a client has to send its body")
+    slow_reader_timeout: Seconds = Field(30.0, description="seconds a client may leave its answer unread")
+
+    max_num_queued_reqs: Count = Field(1024, description="text-only requests waiting for their first token")
+    max_num_queued_image_reqs: Count = Field(512, description="image requests waiting for their first token")
+    request_timeout: Seconds = Field(600.0, description="seconds a request may take in all")
+    shutdown_timeout: Seconds = Field(60.0, description="seconds running requests get to end on shutdown")
+
+    enable_per_request_metrics: bool = Field(False, description="add stage times to every answer")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe record to log")
+
+    @model_validator(mode="after")
+    def _check_tile_budget(self) -> "RouterSettings":
+        if self.max_dynamic_patch is not None and self.max_dynamic_patch > self.max_tiles_per_image:
+            raise ValueError("max_dynamic_patch is above max_tiles_per_image")
+        return self

@@ -1,0 +1,274 @@
+"""In-process language and vision servers behind real gRPC, without a model.
+
+Their answers are functions of what they were sent, so that a mix-up shows as a wrong answer: the language server says
+how the messages read, with each image replaced by the first digits of the hash of the bytes that vision delivered.
+"""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from common.service.errors import DvdError
+from common.service.rpc import bind, make_server
+from protos import language_pb2 as lang
+from protos import language_pb2_grpc, vision_pb2_grpc
+from protos.status_pb2 import (
+    FEATURE_DTYPE_FLOAT32,
+    WORKER_STATE_READY,
+    Endpoint,
+    LanguageLoad,
+    ModelInfo,
+    VisionLoad,
+    WorkerState,
+    WorkerStatus,
+)
+from protos.vision_pb2 import EncodeReply, EncodeRequest, VisionTimings
+
+FINGERPRINT = b"f" * 16
+MODEL = ModelInfo(
+    model="fake",
+    max_model_len=4096,
+    image_size=448,
+    tokens_per_tile=256,
+    min_dynamic_patch=1,
+    max_dynamic_patch=12,
+    use_thumbnail=True,
+    dynamic_image_size=True,
+    vocab_size=1000,
+    default_temperature=0.7,
+    default_top_p=0.9,
+    default_top_k=20,
+    default_repetition_penalty=1.1,
+)
+
+
+def digest(image: bytes) -> str:
+    """How an image reads in an answer."""
+    return hashlib.sha256(image).hexdigest()[:8]
+
+
+class FakeWorker:
+    """A server on a free port whose status is set by the test."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: WorkerState = WORKER_STATE_READY
+        self.fingerprint = FINGERPRINT
+        self.incarnation = secrets.token_bytes(16)
+        self.is_silent = False  # a hang: the stream lives, nothing is sent
+        self.address = ""
+        self._server: grpc.aio.Server | None = None
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        self._server = make_server()
+        self._register(self._server)
+        self.address = bind(self._server, self.address or "127.0.0.1:0")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Like a kill: every connection breaks."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(None)
+
+    def change(self, **attributes: Any) -> None:
+        """Set attributes and tell the routers."""
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[WorkerStatus]:
+        while True:
+            changed = self._changed
+            if not self.is_silent:
+                yield self._status()
+            try:
+                await asyncio.wait_for(changed.wait(), 1)
+            except TimeoutError:
+                continue
+
+    def _status(self) -> WorkerStatus:
+        status = WorkerStatus(
+            name=self.name,
+            state=self.state,
+            incarnation=self.incarnation,
+            fingerprint=self.fingerprint,
+            model=MODEL,
+        )
+        self._fill_load(status)
+        return status
+
+    def _fill_load(self, status: WorkerStatus) -> None:
+        raise NotImplementedError
+
+    def _register(self, server: grpc.aio.Server) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class Gate:
+    """A place where a test can hold a call, and see that it came, and how it went."""
+
+    is_open: asyncio.Event = field(default_factory=asyncio.Event)
+    closes_after: int | None = None  # calls that pass before the gate closes by itself
+    num_entered: int = 0
+    num_cancelled: int = 0
+    num_passed: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.is_open.set()
+
+    async def pass_through(self) -> None:
+        if self.num_entered == self.closes_after:
+            self.is_open.clear()
+        self.num_entered += 1
+        self.changed.set()
+        try:
+            await self.is_open.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            self.changed.set()
+            raise
+        self.num_passed += 1
+
+    async def wait_for(self, condition: Callable[["Gate"], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition(self):
+                self.changed.clear()
+                await self.changed.wait()
+
+
+class FakeLanguage(FakeWorker):
+    """Says the prompt, one word per token, once all features have come."""
+
+    def __init__(self, name: str = "language-0") -> None:
+        super().__init__(name)
+        self.requests: list[lang.GenerateRequest] = []
+        self.fail_with: DvdError | None = None  # before Admitted
+        self.fail_after: tuple[int, DvdError] | None = None  # after so many tokens
+        self.break_after: int | None = None  # tokens, then the connection breaks
+        self.words: list[str] | None = None  # said instead of the prompt
+        self.breaking: asyncio.Task[None] | None = None
+        self.at_admission = Gate()
+        self.at_token = Gate()
+        self.load = LanguageLoad()
+        self.delivered: dict[bytes, asyncio.Future[bytes]] = {}  # ticket -> image
+
+    async def Generate(self, request: lang.GenerateRequest, context: Any) -> AsyncIterator[lang.GenerateEvent]:
+        self.requests.append(request)
+        await self.at_admission.pass_through()
+        if self.fail_with is not None:
+            raise self.fail_with
+        tickets = [secrets.token_bytes(32) for _ in request.images]
+        loop = asyncio.get_running_loop()
+        self.delivered |= {ticket: loop.create_future() for ticket in tickets}
+        num_image_tokens = sum(image.max_num_tokens for image in request.images)
+        yield lang.GenerateEvent(
+            admitted=lang.Admitted(
+                missing=[lang.ImageTicket(image_index=i, ticket=ticket) for i, ticket in enumerate(tickets)],
+                deliver_to=[Endpoint(transport="grpc", address=self.address)],
+                dtype=FEATURE_DTYPE_FLOAT32,
+                num_prompt_tokens=10 + num_image_tokens,
+            )
+        )
+        images = [await self.delivered[ticket] for ticket in tickets]
+        words = self.words if self.words is not None else read_aloud(request, images)
+        for index, word in enumerate(words):
+            await self.at_token.pass_through()
+            if self.fail_after is not None and index == self.fail_after[0]:
+                raise self.fail_after[1]
+            if index == self.break_after:
+                self.breaking = asyncio.create_task(self.stop())
+                await asyncio.Event().wait()
+            for choice in range(request.sampling.n):
+                yield lang.GenerateEvent(token=token(choice, index, word, request.sampling))
+        for choice in range(request.sampling.n):
+            yield lang.GenerateEvent(finished=finished(choice, len(words), num_image_tokens))
+
+    def _fill_load(self, status: WorkerStatus) -> None:
+        status.language.CopyFrom(self.load)
+
+    def _register(self, server: grpc.aio.Server) -> None:
+        language_pb2_grpc.add_LanguageServicer_to_server(self, server)
+
+
+class FakeVision(FakeWorker):
+    """Hands the image's bytes to the language server that asked for them."""
+
+    def __init__(self, languages: list[FakeLanguage], name: str = "vision-0") -> None:
+        super().__init__(name)
+        self.languages = languages
+        self.requests: list[EncodeRequest] = []
+        self.failures: list[DvdError] = []  # raised by the next calls, in order
+        self.load = VisionLoad()
+        self.at_encode = Gate()
+
+    async def Encode(self, request: EncodeRequest, context: Any) -> EncodeReply:
+        self.requests.append(request)
+        await self.at_encode.pass_through()
+        if self.failures:
+            raise self.failures.pop(0)
+        for language in self.languages:
+            if language.address == request.deliver_to[0].address:
+                arrival = language.delivered[request.ticket]
+                if not arrival.done():
+                    arrival.set_result(request.image)
+        return EncodeReply(
+            num_tiles=1,
+            tokens_per_tile=[256],
+            feature_bytes=1024,
+            transport="grpc",
+            timings=VisionTimings(decode_ms=1, queue_ms=2, encode_ms=3, transfer_ms=4),
+        )
+
+    def _fill_load(self, status: WorkerStatus) -> None:
+        status.vision.CopyFrom(self.load)
+
+    def _register(self, server: grpc.aio.Server) -> None:
+        vision_pb2_grpc.add_VisionServicer_to_server(self, server)
+
+
+def read_aloud(request: lang.GenerateRequest, images: list[bytes]) -> list[str]:
+    """The prompt in words: roles, text, and a digest where an image stands."""
+    words: list[str] = []
+    for message in request.messages:
+        words.append(f"{message.role}:")
+        for part in message.parts:
+            is_image = part.WhichOneof("part") == "image_index"
+            words.extend([f"[{digest(images[part.image_index])}]"] if is_image else part.text.split())
+    return [words[0], *(f" {word}" for word in words[1:])]
+
+
+def token(choice: int, index: int, word: str, sampling: lang.SamplingParams) -> lang.Token:
+    reply = lang.Token(choice=choice, token_id=index, text=word)
+    if sampling.logprobs:
+        reply.logprob.CopyFrom(logprob(index, word, -0.5))
+        reply.top_logprobs.extend(logprob(index + k, word, -0.5 - k) for k in range(sampling.top_logprobs))
+    return reply
+
+
+def logprob(token_id: int, word: str, value: float) -> lang.TokenLogprob:
+    return lang.TokenLogprob(token_id=token_id, text=word, logprob=value, token_bytes=word.encode())
+
+
+def finished(choice: int, num_tokens: int, num_image_tokens: int) -> lang.Finished:
+    return lang.Finished(
+        choice=choice,
+        finish_reason="stop",
+        usage=lang.Usage(
+            prompt_tokens=10 + num_image_tokens,
+            completion_tokens=num_tokens,
+            cached_tokens=3,
+            image_tokens=num_image_tokens,
+        ),
+        timings=lang.LanguageTimings(queue_ms=1, feature_wait_ms=2, prefill_ms=3, decode_ms=40),
+    )

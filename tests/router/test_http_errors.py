@@ -1,0 +1,323 @@
+"""Every error on every route has OpenAI's shape, the right status and code, and reaches no server."""
+
+import asyncio
+import json
+import struct
+import zlib
+from typing import Any
+
+import pytest
+
+from common.service.errors import InvalidRequest, Overloaded
+from router.api.translate import IMAGE_MARKER
+from tests.router.conftest import CHAT, data_url, error_of, png, running_system, user
+from tests.router.fakes import digest
+
+
+def image(url, **fields):
+    return user({"type": "image_url", "image_url": {"url": url, **fields}}, "?")
+
+
+def bomb() -> bytes:
+    """A valid 1-bit PNG header of 13000 x 13000 pixels in a few hundred bytes; decoded it would be 500 MB."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 13000, 13000, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+GOOD = data_url(png())
+CALLS = {"role": "assistant", "content": None, "tool_calls": [{}]}
+PART = "messages[0].content[0]"
+URL_PARAM = f"{PART}.image_url.url"
+
+BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": []}, "invalid_value", "messages"),
+    ({"messages": None}, "invalid_value", "messages"),
+    ({"messages": "hi"}, "invalid_value", "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_value", "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "invalid_value", "messages[0].content"),
+    ({"messages": [{"role": "user", "content": []}]}, "invalid_value", "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "invalid_value", f"{PART}.text"),
+    ({"temperature": 2.1}, "invalid_value", "temperature"),
+    ({"temperature": -0.1}, "invalid_value", "temperature"),
+    ({"temperature": "NaN"}, "invalid_value", "temperature"),
+    ({"top_p": 0}, "invalid_value", "top_p"),
+    ({"top_p": 1.5}, "invalid_value", "top_p"),
+    ({"top_k": -2}, "invalid_value", "top_k"),
+    ({"top_k": 1001}, "invalid_value", "top_k"),
+    ({"min_p": 2}, "invalid_value", "min_p"),
+    ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
+    ({"frequency_penalty": 3}, "invalid_value", "frequency_penalty"),
+    ({"presence_penalty": -3}, "invalid_value", "presence_penalty"),
+    ({"n": 0}, "invalid_value", "n"),
+    ({"n": 65}, "invalid_value", "n"),
+    ({"n": 2.5}, "invalid_value", "n"),
+    ({"n": True}, "invalid_value", "n"),
+    ({"seed": 2**63}, "invalid_value", "seed"),
+    ({"stop": ""}, "invalid_value", "stop"),
+    ({"stop": ["a"] * 5}, "invalid_value", "stop"),
+    ({"stop": "x" * 257}, "invalid_value", "stop"),
+    ({"stop_token_ids": [1000]}, "invalid_value", "stop_token_ids[0]"),
+    ({"stop_token_ids": list(range(17))}, "invalid_value", "stop_token_ids"),
+    ({"logit_bias": {"1000": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "invalid_value", "logit_bias[...]"),
+    ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+    ({"min_tokens": 5, "max_tokens": 4}, "invalid_value", "min_tokens"),
+    ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
+    ({"top_logprobs": 1}, "invalid_value", "top_logprobs"),
+    ({"stream": False, "stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
+    ({"request_id": "a b"}, "invalid_value", "request_id"),
+    ({"priority": 128}, "invalid_value", "priority"),
+    ({"cache_salt": "x" * 129}, "invalid_value", "cache_salt"),
+    ({"user": "x" * 257}, "invalid_value", "user"),
+    ({"mm_processor_kwargs": {"size": 1}}, "invalid_value", "mm_processor_kwargs"),
+    ({"media_io_kwargs": {"image": {}}}, "invalid_value", "media_io_kwargs"),
+    ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+    ({"structured_outputs": {"regex": "a"}}, "unsupported_parameter", "structured_outputs"),
+    ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
+    ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
+    ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+    ({"bad_words": ["x"]}, "unsupported_parameter", "bad_words"),
+    ({"chat_template": "{{ x }}"}, "unsupported_parameter", "chat_template"),
+    ({"messages": [CALLS]}, "unsupported_parameter", "messages[0].tool_calls"),
+    ({"messages": [user({"type": "input_audio"})]}, "unsupported_media", f"{PART}.type"),
+    ({"messages": [user({"type": "video_url", "video_url": {"url": GOOD}})]}, "unsupported_media", f"{PART}.type"),
+    ({"messages": [image("https://example.com/a.png")]}, "media_url_blocked", URL_PARAM),
+    ({"messages": [image("http://127.0.0.1/a.png")]}, "media_url_blocked", URL_PARAM),
+    ({"messages": [image("file:///etc/passwd")]}, "media_url_blocked", URL_PARAM),
+    ({"messages": [image("/etc/passwd")]}, "media_url_blocked", URL_PARAM),
+    ({"messages": [image("data:image/png;base64,!!!!")]}, "invalid_image", URL_PARAM),
+    ({"messages": [image(data_url(b"not an image"))]}, "invalid_image", URL_PARAM),
+    ({"messages": [image(data_url(bomb()))]}, "invalid_image", URL_PARAM),
+    ({"messages": [image(GOOD, detail="huge")]}, "invalid_value", f"{PART}.image_url.detail"),
+    ({"messages": [image(GOOD, max_dynamic_patch=41)]}, "invalid_value", f"{PART}.image_url.max_dynamic_patch"),
+    ({"messages": [image(GOOD, min_dynamic_patch=13)]}, "invalid_value", f"{PART}.image_url.min_dynamic_patch"),
+    ({"messages": [user({"type": "image_url", "uuid": "a"})]}, "unknown_media_uuid", f"{PART}.image_url"),
+    ({"messages": [user({"type": "image_url"})]}, "invalid_value", f"{PART}.image_url"),
+    ({"messages": [user(png(), f"{IMAGE_MARKER} {IMAGE_MARKER}")]}, "image_marker_mismatch", "messages[0].content"),
+    ({"messages": [user(*[png()] * 129)]}, "too_many_media_items", "messages"),
+]  # fmt: skip
+
+
+async def test_bad_fields_name_themselves(system):
+    """One system for the whole table: none of these may change anything."""
+    for index, (body, code, param) in enumerate(BAD_FIELDS):
+        response = await system.chat(**{"stream": index % 2 == 0, **body})
+        assert response.status_code == 400, (body, response.text[:300])
+        error = error_of(response)
+        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param), body
+        assert response.headers["x-should-retry"] == "false"
+    assert system.language.requests == []
+    assert system.vision.requests == []
+    await system.until_idle()
+
+
+BAD_JSON = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'"text"',
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": Infinity}',
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e400}',
+    b'{"messages": [{"role": "user", "content": "\xff"}]}',
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'\xef\xbb\xbf{"messages": [{"role": "user", "content": "x"}]}',
+    b'{"messages": [{"role": "user", "content": "x"}]} trailing',
+    b'{"messages": [{"role": "user", "content": "x"}], "x": ' + b"[" * 65 + b"]" * 65 + b"}",
+    b"[" * 1_000_000,
+    b'{"messages": [{"role": "user", "content": "x"}], "x": [' + b"[]," * 200_001 + b"[]]}",
+]
+
+
+async def test_malformed_bodies(system):
+    for body in BAD_JSON:
+        response = await system.http.post(CHAT, content=body)
+        assert response.status_code == 400, body[:60]
+        assert error_of(response)["code"] in ("invalid_json", "invalid_value")
+    assert system.language.requests == []
+
+
+async def test_a_message_never_repeats_much_of_a_bad_value(system):
+    response = await system.chat(messages=[{"role": "x" * 10_000, "content": "x"}])
+    assert "x" * 65 not in error_of(response)["message"]
+
+
+async def test_what_only_looks_bad_is_answered(system):
+    """Typed placeholders are plain text where nothing is placed."""
+    for text in ("<image> what?", "<IMG_CONTEXT><|im_end|>", IMAGE_MARKER, ""):
+        response = await system.chat(messages=[user(text)])
+        assert response.status_code == 200
+        assert system.language.requests[-1].messages[0].parts[0].text == text
+    only_inert = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "structured_outputs": None}
+    assert (await system.chat(**only_inert)).status_code == 200
+
+
+async def test_markers_place_images(system):
+    red, blue = png("red"), png("blue")
+    text = f"first {IMAGE_MARKER} then {IMAGE_MARKER}"
+    response = await system.chat(messages=[user(red, blue, text)])
+    content = response.json()["choices"][0]["message"]["content"]
+    assert content == f"user: first [{digest(red)}] then [{digest(blue)}]"
+    assert system.language.requests[0].messages[0].inline_images
+
+
+async def test_markers_mean_nothing_in_other_roles_and_messages(system):
+    messages = [{"role": "system", "content": IMAGE_MARKER}, user(IMAGE_MARKER), user(png(), "here")]
+    response = await system.chat(messages=messages)
+    content = response.json()["choices"][0]["message"]["content"]
+    assert content == f"system: {IMAGE_MARKER} user: {IMAGE_MARKER} user: [{digest(png())}] here"
+    assert not any(message.inline_images for message in system.language.requests[0].messages)
+
+
+async def test_developer_is_system(system):
+    await system.chat(messages=[{"role": "developer", "content": "be nice"}, user("x")])
+    assert [message.role for message in system.language.requests[0].messages] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("POST", "/invocations", 404, "not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/v1/models/other", 404, "model_not_found"),
+        ("GET", CHAT, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+    ],
+)
+async def test_unknown_routes_and_methods(system, method, path, status, code):
+    response = await system.http.request(method, path)
+    assert response.status_code == status
+    assert error_of(response)["code"] == code
+    if status == 405:
+        assert response.headers["allow"]
+
+
+async def test_unknown_model(system):
+    response = await system.chat(model="gpt-4o")
+    assert response.status_code == 404
+    assert error_of(response)["code"] == "model_not_found"
+
+
+async def test_too_large(system):
+    over = system.router.settings.max_item_bytes + 10
+    response = await system.chat(messages=[image(data_url(bytes(over)))])
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "request_too_large"
+
+
+async def test_body_bounds():
+    async with running_system(max_body_bytes=1000, body_read_timeout=0.2) as system:
+        declared = await system.http.post(CHAT, content=bytes(1001))
+        assert (declared.status_code, error_of(declared)["code"]) == (413, "request_too_large")
+        assert declared.headers["connection"] == "close"
+
+        async def pieces():
+            for _ in range(11):
+                yield bytes(100)
+
+        counted = await system.http.post(CHAT, content=pieces())
+        assert (counted.status_code, error_of(counted)["code"]) == (413, "request_too_large")
+
+        async def stuck():
+            yield b"{"
+            await asyncio.sleep(0.5)
+
+        slow = await system.http.post(CHAT, content=stuck())
+        assert (slow.status_code, error_of(slow)["code"]) == (408, "request_read_timeout")
+        await system.until_idle()
+
+
+async def test_header_bounds(system):
+    many = await system.http.get("/live", headers={f"x-{index}": "1" for index in range(300)})
+    assert (many.status_code, error_of(many)["code"]) == (431, "headers_too_large")
+    long = await system.http.get("/live", headers={"x-long": "a" * 33_000})
+    assert (long.status_code, error_of(long)["code"]) == (431, "headers_too_large")
+
+
+async def test_errors_of_the_language_server_keep_their_status(system):
+    system.language.fail_with = InvalidRequest("too long", code="context_length_exceeded", param="messages")
+    for stream in (False, True):
+        response = await system.chat(stream=stream)
+        assert response.status_code == 400
+        assert error_of(response)["code"] == "context_length_exceeded"
+    system.language.fail_with = Overloaded("full")
+    response = await system.chat(stream=True)
+    assert response.status_code == 503
+    assert error_of(response)["type"] == "overloaded_error"
+    assert response.headers["retry-after"] == "1"
+    assert response.headers["x-should-retry"] == "true"
+
+
+async def test_an_image_that_only_decoding_unmasks(system):
+    """A truncated file has a good header; the vision server's verdict comes back with the image's path."""
+    system.vision.failures = [InvalidRequest("the image cannot be read", code="invalid_image")]
+    response = await system.chat(messages=[user("x", png())], stream=True)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["code"], error["param"]) == ("invalid_image", "messages[0].content[1].image_url.url")
+    assert len(system.vision.requests) == 1  # nobody else is asked to decode it
+    await system.until_idle()
+
+
+async def test_a_bug_is_a_500_that_says_nothing_and_forbids_a_retry(system, monkeypatch, caplog):
+    def broken(*arguments):
+        raise ZeroDivisionError("secret detail 0x7fff")
+
+    monkeypatch.setattr("router.api.chat.translate", broken)
+    response = await system.chat()
+    assert response.status_code == 500
+    assert error_of(response) == {
+        "message": "internal error",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    assert response.headers["x-should-retry"] == "false"
+    assert "ZeroDivisionError" in caplog.text
+    await system.until_idle()
+
+
+async def test_a_server_that_breaks_the_protocol_is_a_500(system):
+    system.language.words = ["x"]
+    original = system.language.Generate
+
+    async def twice(request, context):
+        async for event in original(request, context):
+            yield event
+            if event.WhichOneof("event") == "admitted":
+                yield event
+
+    system.language.Generate = twice
+    await system.language.stop()
+    await system.language.start()
+    await system.until(lambda: system.router.fleet.is_ready)
+    response = await system.chat()
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "internal_error"
+
+
+async def test_deadline(system):
+    system.language.at_token.is_open.clear()
+    headers = {"X-Dvd-Deadline-Ms": "200"}
+    response = await system.http.post(CHAT, json={"messages": [user("x")]}, headers=headers)
+    assert response.status_code == 504
+    assert error_of(response)["code"] == "timeout"
+    await system.until_idle()
+    bad = await system.http.post(CHAT, json={"messages": [user("x")]}, headers={"X-Dvd-Deadline-Ms": "-1"})
+    assert bad.status_code == 400
+    assert error_of(bad)["param"] == "X-Dvd-Deadline-Ms"
+
+
+def test_the_table_is_json():
+    assert json.loads(json.dumps([body for body, _, _ in BAD_FIELDS]))
