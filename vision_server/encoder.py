@@ -6,7 +6,6 @@ Synchronous, one caller at a time. Knows nothing of requests, queues or sockets.
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -14,15 +13,12 @@ from torch import Tensor, nn
 
 from common.model.checkpoint import Checkpoint, load_role
 from common.model.config import InternVLConfig
-from common.service.errors import ConfigError
+from common.model.device import DtypeName, choose_device, choose_dtype
 from vision_server.internvit import InternViT
 from vision_server.projector import make_mlp1, pixel_shuffle, shuffle_factor
 from vision_server.tiling import Tiles
 
 log = logging.getLogger(__name__)
-
-DtypeName = Literal["auto", "bfloat16", "float32"]
-_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class VisionModel(nn.Module):
@@ -60,8 +56,8 @@ class VisionEncoder:
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        self.device = _device(device)
-        self.dtype = _dtype(dtype, self.device)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
         self._on_progress = on_progress
         with torch.device("meta"):
             self._model = VisionModel(config).to(self.dtype).requires_grad_(False).eval()
@@ -124,23 +120,3 @@ def _to_host(features: Tensor) -> Tensor:
     host.copy_(features, non_blocking=True)
     torch.cuda.current_stream(features.device).synchronize()
     return host
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name[:64]!r} is unknown to torch") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name[:64]!r} was asked for, but torch sees no GPU")
-    return device
-
-
-def _dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return _DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32

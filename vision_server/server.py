@@ -14,6 +14,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.config import InternVLConfig, load_config
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled
+from common.service.health import add_health
 from common.service.status import StatusBoard
 from common.transport.select import SenderPool
 from protos import frame, vision_pb2_grpc
@@ -57,6 +58,7 @@ class VisionServer:
         self._senders = SenderPool(transports=settings.transports)
         self._servicer = VisionServicer(settings, self.config, fingerprint, self.compute, self._senders, self.board)
         self._grpc = rpc.make_server()
+        add_health(self._grpc, self.board)
         vision_pb2_grpc.add_VisionServicer_to_server(self._servicer, self._grpc)  # type: ignore[no-untyped-call]
         self._is_load_aborted = threading.Event()
         self.address = ""

@@ -12,7 +12,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from common.service.errors import ConfigError, DvdError, InternalError, to_grpc
 
@@ -31,13 +30,11 @@ _SERVER_KEEPALIVE = [*_KEEPALIVE, ("grpc.http2.min_ping_interval_without_data_ms
 
 
 def make_server(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
-    """A server whose handlers may raise ``DvdError`` at any point of a call, and which answers health checks."""
-    server = grpc.aio.server(
+    """A server whose handlers may raise ``DvdError`` at any point of a call."""
+    return grpc.aio.server(
         interceptors=[ErrorInterceptor()],
         options=[*_SERVER_KEEPALIVE, *_message_limits(max_message_bytes)],
     )
-    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
-    return server
 
 
 def bind(server: grpc.aio.Server, listen: str) -> str:
@@ -147,7 +144,6 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "ErrorInterceptor",
     "bind",
-    "health_pb2",
     "make_channel",
     "make_server",
     "remaining_seconds",
