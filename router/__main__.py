@@ -2,8 +2,6 @@
 
 import asyncio
 import logging
-import os
-import signal
 import socket
 import sys
 import warnings
@@ -16,35 +14,26 @@ import uvloop
 from PIL import Image
 
 from common.service import announce, metrics
-from common.service import log as logs
 from common.service.errors import ConfigError, StartupError
+from common.service.program import EXIT_FAILURE, run_program, stop_signal
 from router.server import RouterServer
 from router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
 
-_EXIT_FAILURE: Final = 1
-_EXIT_STARTUP: Final = 2
 _CLOSE_GRACE_SECONDS: Final = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a router until SIGTERM or SIGINT; returns the exit status."""
-    try:
-        settings = RouterSettings.load(sys.argv[1:] if argv is None else argv)
-        logs.configure("router", settings.log_level)
-        # Pillow only warns of very large images; media.py wants to hear it.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(run(settings))
-    except StartupError as error:
-        print(f"router cannot start: {error.message}", file=sys.stderr)
-        return _EXIT_STARTUP
+    # Pillow only warns of very large images; media.py wants to hear it.
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    return run_program("router", RouterSettings, argv, run, uvloop.new_event_loop)
 
 
 async def run(settings: RouterSettings) -> int:
     """Serve until told to stop, then drain. Raises ConfigError if the address cannot be had."""
-    stop = _stop_signal()
+    stop = stop_signal()
     router = RouterServer(settings)
     listener = _listen(settings)
     http = _HttpServer(_http_config(router))
@@ -138,22 +127,7 @@ def _exit_status(results: Sequence[object]) -> int:
         if isinstance(failure, StartupError):
             raise failure
         log.critical("the router failed", exc_info=failure)
-    return _EXIT_FAILURE if failures else 0
-
-
-def _stop_signal() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT. The second one ends the process on the spot."""
-    stopping = asyncio.Event()
-
-    def on_signal() -> None:
-        if stopping.is_set():
-            log.warning("second signal: ending without a drain")
-            os._exit(_EXIT_FAILURE)
-        stopping.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    return stopping
+    return EXIT_FAILURE if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Options of the router: bounds of API.md section 2 and resource caps of RELIABILITY.md section 5.6."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import model_validator
 
-from common.service.settings import Field, SecretStr, Settings
+from common.service.program import ServerSettings
+from common.service.settings import Field, SecretStr
 
 MIB = 2**20
 
@@ -13,7 +14,7 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class RouterSettings(Settings):
+class RouterSettings(ServerSettings):
     """The OpenAI-compatible gateway: takes HTTP requests and coordinates vision and language servers."""
 
     program: ClassVar[str] = "dvd router"
@@ -21,7 +22,6 @@ class RouterSettings(Settings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
     uds: Path | None = Field(None, description="listen on this Unix socket instead of host and port")
-    announce: Path | None = Field(None, description="file to write name and address to, once ready")
 
     vision: list[str] = Field(min_length=1, description="addresses of vision servers, comma separated")
     language: list[str] = Field(min_length=1, description="addresses of language servers, comma separated")
@@ -52,7 +52,6 @@ class RouterSettings(Settings):
     shutdown_timeout: Seconds = Field(60.0, description="seconds running requests get to end on shutdown")
 
     enable_per_request_metrics: bool = Field(False, description="add stage times to every answer")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe record to log")
 
     @model_validator(mode="after")
     def _check_tile_budget(self) -> "RouterSettings":

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 
 from common.model.checkpoint import Checkpoint
@@ -15,6 +14,7 @@ from common.model.config import InternVLConfig, load_config
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled
 from common.service.health import add_health
+from common.service.program import Progress
 from common.service.status import StatusBoard
 from common.transport.select import SenderPool
 from protos import frame, vision_pb2_grpc
@@ -36,8 +36,6 @@ _LINGER_SECONDS = 0.25
 """For replies already made to reach their callers; ``WatchStatus`` streams would never end by themselves."""
 _STOP_SECONDS = 5.0
 """For the device thread to finish the batch it is in."""
-
-Progress = Callable[[int, int], None]
 
 
 class VisionServer:
@@ -121,6 +119,21 @@ class VisionServer:
         await self._senders.close()
         self._servicer.close()
         return has_ended
+
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """Done when the device thread is."""
+        return self.compute.ended
+
+    @property
+    def ready_line(self) -> str:
+        """What the operator reads."""
+        encoder = self.encoder
+        return (
+            f"vision server ready at {self.address} model {self.settings.model_name}"
+            f" device {encoder.device} dtype {str(encoder.dtype).removeprefix('torch.')}"
+            f" weights {encoder.weight_bytes / 1e6:.1f} MB"
+        )
 
     def _load_report(self) -> VisionLoad:
         return VisionLoad(

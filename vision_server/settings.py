@@ -5,11 +5,12 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from common.service.settings import Field, Settings
+from common.service.program import ServerSettings
+from common.service.settings import Field
 from vision_server.media import MAX_PIXELS
 
 
-class VisionSettings(Settings):
+class VisionSettings(ServerSettings):
     """The vision server of DvD: images in, features out to language servers."""
 
     program: ClassVar[str] = "dvd vision"
@@ -31,8 +32,6 @@ class VisionSettings(Settings):
     transports: tuple[Literal["zmq", "grpc"], ...] = Field(("zmq", "grpc"), description="ways to deliver features")
     encode_timeout: float = Field(60.0, gt=0, description="seconds for an image whose caller sets no deadline")
     shutdown_timeout: float = Field(60.0, gt=0, description="seconds to finish admitted images after SIGTERM")
-    announce: Path | None = Field(None, description="file to write name and addresses to, once ready")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe records to print")
 
     @model_validator(mode="after")
     def _an_image_must_fit(self) -> Self:

@@ -16,6 +16,7 @@ import torch
 
 from common.service import announce, rpc
 from common.service.errors import Cancelled, ConfigError
+from common.service.program import stop_signal
 from protos.status_pb2 import Endpoint
 from protos.vision_pb2_grpc import VisionStub
 from tests.vision_server.neighbours import encoded, make_request, picture
@@ -138,7 +139,7 @@ async def test_a_dead_device_thread_ends_the_process(settings, monkeypatch, caps
 async def test_the_second_signal_does_not_wait(monkeypatch):
     exits: list[int] = []
     monkeypatch.setattr(os, "_exit", exits.append)
-    stopping = program._stop_signal()
+    stopping = stop_signal()
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(stopping.wait(), 30)
     assert exits == []

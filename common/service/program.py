@@ -1,0 +1,161 @@
+"""What every program of ours does between its command line and its exit status: startup -> serve -> drain.
+
+Knows nothing of models or requests. Exit status: 0 after a drain, 1 when the server failed, 2 when it could not start.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from common.service import log as logs
+from common.service.errors import Cancelled, StartupError
+from common.service.settings import Field, Settings
+
+log = logging.getLogger(__name__)
+
+EXIT_FAILURE: Final = 1
+EXIT_STARTUP: Final = 2
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+class ServerSettings(Settings):
+    """Options that every server has."""
+
+    announce: Path | None = Field(None, description="file to write name and addresses to, once ready")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe records to print")
+
+
+_Options = TypeVar("_Options", bound=ServerSettings)
+
+
+class Worker(Protocol):
+    """A server with a model in it."""
+
+    @property
+    def ready_line(self) -> str:
+        """What the operator reads once it is ready."""
+
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """Done when the thread that computes is; before ``close`` that is a failure."""
+
+    async def start(self) -> None:
+        """Listen, answering that the server is not ready."""
+
+    async def load(self, progress: Progress) -> None:
+        """Read the weights and open the doors. Raises Cancelled after ``abort_load``."""
+
+    def abort_load(self) -> None:
+        """Make ``load`` fail soon."""
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait for the admitted ones, for a bounded time."""
+
+    async def close(self) -> bool:
+        """Let go of everything. False if the computing thread does not end."""
+
+
+def run_program(
+    title: str,
+    options: type[_Options],
+    argv: Sequence[str] | None,
+    run: Callable[[_Options], Coroutine[Any, Any, int]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
+    """Read the options, run, and return the exit status. What stops a start is one line on stderr."""
+    try:
+        settings = options.load(sys.argv[1:] if argv is None else argv)
+        logs.configure(title, settings.log_level)
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(run(settings))
+    except StartupError as error:
+        print(f"{title} cannot start: {error.message}", file=sys.stderr)
+        return EXIT_STARTUP
+
+
+async def run_worker(title: str, make: Callable[[], Worker]) -> int:
+    """A worker's life. ``make`` reads headers only and raises StartupError on what cannot work."""
+    stop = asyncio.create_task(stop_signal().wait(), name="stop signal")
+    worker = make()
+    await worker.start()
+    try:
+        if not await _load(title, worker, stop):
+            return 0
+        print(worker.ready_line, file=sys.stderr, flush=True)
+        return await _serve(title, worker, stop)
+    finally:
+        stop.cancel()
+        if not await worker.close():
+            log.critical("the computing thread is stuck: ending without it")
+            os._exit(EXIT_FAILURE)  # an ordinary exit would wait for the thread
+
+
+def stop_signal() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT. The second one ends the process on the spot."""
+    stopping = asyncio.Event()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            log.warning("second signal: ending without a drain")
+            os._exit(EXIT_FAILURE)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stopping
+
+
+async def _load(title: str, worker: Worker, stop: asyncio.Task[bool]) -> bool:
+    """Load and warm up; False when the process was told to stop meanwhile."""
+    with _progress_bar(f"{title} weights") as progress:
+        loading = asyncio.create_task(worker.load(progress), name="load")
+        await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():
+            worker.abort_load()
+        try:
+            await loading
+        except Cancelled:
+            return False
+    return True
+
+
+async def _serve(title: str, worker: Worker, stop: asyncio.Task[bool]) -> int:
+    """Until the signal, then until drained; a computing thread that dies ends either at once."""
+    signal_or_end: set[asyncio.Future[Any]] = {stop, worker.ended}
+    await asyncio.wait(signal_or_end, return_when=asyncio.FIRST_COMPLETED)
+    if not worker.ended.done():
+        draining = asyncio.create_task(worker.drain(), name="drain")
+        either: set[asyncio.Future[None]] = {draining, worker.ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+    if worker.ended.done():
+        log.critical("the computing thread of the %s has died: this process ends", title, exc_info=_why(worker.ended))
+        return EXIT_FAILURE
+    return 0
+
+
+def _why(ended: asyncio.Future[None]) -> BaseException | None:
+    return None if ended.cancelled() else ended.exception()
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Progress]:
+    """On a terminal only."""
+    is_hidden = not sys.stderr.isatty()
+    with tqdm(desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=is_hidden) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -1,0 +1,14 @@
+"""Attention over paged KV memory: one interface (base), a module per backend, one bridge into transformers (paged)."""
+
+import torch
+
+from language_server.attention import flash
+from language_server.attention.base import AttentionBackend
+from language_server.attention.sdpa import SdpaBackend
+
+
+def choose_backend(device: torch.device) -> AttentionBackend:
+    """The fastest backend that works here."""
+    if device.type == "cuda" and flash.is_available():
+        return flash.FlashBackend()
+    return SdpaBackend()

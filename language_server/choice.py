@@ -1,0 +1,67 @@
+"""One of the ``n`` replies of a request: tokens in, events' contents out, and what it cost.
+
+Knows nothing of the engine's thread, of other choices or of the call they belong to.
+"""
+
+import time
+from collections.abc import Collection
+
+from language_server.detokenizer import IncrementalDetokenizer
+from language_server.engine import StepOutput
+from language_server.sequence import FinishReason, Sequence
+from language_server.tokenizer import Tokenizer
+from protos.language_pb2 import Token, TokenLogprob
+
+
+class Choice:
+    """Text and times of one sequence. Times are monotonic seconds, None until they have come."""
+
+    def __init__(
+        self, index: int, sequence: Sequence, detokenizer: IncrementalDetokenizer, tokenizer: Tokenizer
+    ) -> None:
+        self.index = index
+        self.sequence = sequence
+        self.num_tokens = 0
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.is_finished = False
+        self._detokenizer = detokenizer
+        self._tokenizer = tokenizer
+
+    def replay(self, eos_token_ids: Collection[int]) -> FinishReason | None:
+        """Bring the text to where a lost server left it; says why the reply had ended, if it had."""
+        sampling = self.sequence.sampling
+        for token_id in self.sequence.output_token_ids:
+            self.num_tokens += 1
+            is_eos = token_id in eos_token_ids and not sampling.ignore_eos
+            if is_eos or token_id in sampling.stop_token_ids or self._push(token_id)[1]:
+                return "stop"
+        return "length" if self.num_tokens >= sampling.max_tokens else None
+
+    def take(self, output: StepOutput) -> tuple[Token | None, FinishReason | None]:
+        """What the engine's output means for the client: a token, the end, or both."""
+        if output.token_id is None:
+            return None, output.finish_reason
+        self.num_tokens += 1
+        self.last_token = time.monotonic()
+        self.first_token = self.first_token or self.last_token
+        # The token that stops is no text.
+        text, has_stopped = ("", False) if output.finish_reason == "stop" else self._push(output.token_id)
+        token = Token(choice=self.index, token_id=output.token_id, text=text)
+        if output.logprob is not None:
+            token.logprob.CopyFrom(self._logprob(output.token_id, output.logprob))
+            token.top_logprobs.extend(self._logprob(*pair) for pair in output.top_logprobs)
+        return token, "stop" if has_stopped else output.finish_reason
+
+    def flush(self) -> str:
+        """Text that was held back, when no more tokens come."""
+        return self._detokenizer.flush()
+
+    def _push(self, token_id: int) -> tuple[str, bool]:
+        return self._detokenizer.push(token_id, may_stop=self.num_tokens > self.sequence.sampling.min_tokens)
+
+    def _logprob(self, token_id: int, logprob: float) -> TokenLogprob:
+        token_bytes = self._tokenizer.token_bytes(token_id)
+        text = token_bytes.decode("utf-8", "replace")
+        return TokenLogprob(token_id=token_id, text=text, logprob=logprob, token_bytes=token_bytes)

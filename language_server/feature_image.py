@@ -1,0 +1,93 @@
+"""The rows of one image as they arrive: tiles in any order in, a prefix without gaps out.
+
+Filled on the event loop, read by the engine thread. What makes that safe without a lock: rows are appended before the
+count that covers them, and never change afterwards. Knows nothing of requests, budgets or sockets.
+"""
+
+import bisect
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from protos.frame import ITEM_SIZE, FeatureDtypeName, FrameHeader
+
+FLASH_COMPRESSION: Final = 4
+"""A compressed tile of a Flash checkpoint has a quarter of the tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageKey:
+    """What makes two images the same to us: content, options and tenant scope, and the expected size."""
+
+    mm_hash: bytes
+    max_num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureLayout:
+    """What every frame must look like; decided by this side, never by the sender."""
+
+    fingerprint: bytes
+    hidden_size: int
+    dtype: FeatureDtypeName
+    tokens_per_tile: int
+    is_flash: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden_size * ITEM_SIZE[self.dtype]
+
+    @property
+    def tile_sizes(self) -> tuple[int, ...]:
+        """Token counts a tile may have."""
+        if self.is_flash:
+            return self.tokens_per_tile, self.tokens_per_tile // FLASH_COMPRESSION
+        return (self.tokens_per_tile,)
+
+
+class FeatureImage:
+    """Rows of one image. Tiles may arrive in any order; the ready prefix is what the engine sees."""
+
+    def __init__(self, key: ImageKey, layout: FeatureLayout) -> None:
+        self.key = key
+        self.num_bytes = key.max_num_tokens * layout.row_bytes  # the reservation; shrinks to what came
+        self.num_tiles = key.max_num_tokens // layout.tokens_per_tile
+        self.attempt = 0
+        self.num_users = 0
+        self.pending: OrderedDict[FrameHeader, torch.Tensor] = OrderedDict()  # placed, not committed
+        self._tiles: list[torch.Tensor | None] = [None] * self.num_tiles
+        self._prefix: list[torch.Tensor] = []  # tiles [tokens, hidden] from the first on without a gap
+        self._prefix_starts: list[int] = []
+        self.num_ready_tokens = 0  # written last: the engine thread reads it first
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._prefix) == self.num_tiles
+
+    def is_ready(self, tile: int) -> bool:
+        return self._tiles[tile] is not None
+
+    def link(self, first_tile: int, tiles: Sequence[torch.Tensor]) -> None:
+        """Make tiles ready, those that were not."""
+        for index, rows in enumerate(tiles, first_tile):
+            if self._tiles[index] is None:
+                self._tiles[index] = rows
+        for ready in itertools.takewhile(lambda rows: rows is not None, self._tiles[len(self._prefix) :]):
+            assert ready is not None
+            self._prefix.append(ready)
+            self._prefix_starts.append(self.num_ready_tokens)
+            self.num_ready_tokens += len(ready)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[stop - start, hidden]`` of the ready prefix; copied only where they span tiles."""
+        first = bisect.bisect_right(self._prefix_starts, start) - 1
+        pieces: list[torch.Tensor] = []
+        for tile_start, tile in zip(self._prefix_starts[first:], self._prefix[first:], strict=False):
+            if tile_start >= stop:
+                break
+            pieces.append(tile[max(0, start - tile_start) : stop - tile_start])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

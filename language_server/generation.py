@@ -1,0 +1,295 @@
+"""One Generate call from its request to its last event: check, tokenise, reserve, admit, generate, clean up.
+
+Whatever ends the call, ``close`` gives back its place in line, its KV blocks and its feature memory. Knows nothing of
+gRPC beyond the messages.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from collections.abc import Sequence as Items
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Final
+
+from common.service import metrics
+from common.service.errors import Cancelled, DeadlineExceeded, DvdError, Overloaded
+from language_server.choice import Choice
+from language_server.detokenizer import IncrementalDetokenizer
+from language_server.engine import StepOutput
+from language_server.engine_thread import EngineThread
+from language_server.feature_image import ImageKey
+from language_server.features import FeatureStore, Lease
+from language_server.prompt import Prompt, PromptBuilder
+from language_server.request import check_request, for_each_choice, sampling_params
+from language_server.sequence import FinishReason, SamplingParams, Sequence
+from language_server.tokenizer import Tokenizer
+from protos.language_pb2 import (
+    Admitted,
+    Finished,
+    GenerateEvent,
+    GenerateRequest,
+    ImageTicket,
+    LanguageTimings,
+    Usage,
+)
+from protos.status_pb2 import Endpoint, FeatureDtype
+
+_INLINE_CHARS: Final = 4096
+"""Longer texts are tokenised in another thread, so that they do not hold up everybody's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What all calls share."""
+
+    prompts: PromptBuilder
+    tokenizer: Tokenizer
+    features: FeatureStore
+    engine: EngineThread
+    tokenising: Executor
+    deliver_to: Items[Endpoint]
+    feature_dtype: FeatureDtype
+    is_flash: bool
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    max_model_len: int  # tokens
+    max_choices: int
+    max_stream_events: int
+    feature_timeout: float  # seconds
+    seq_ids: Iterator[int]
+
+
+class Generation:
+    """See ``events``. ``deadline`` is in monotonic seconds. Also a ``SequenceSink``."""
+
+    def __init__(self, backend: Backend, request: GenerateRequest, deadline: float) -> None:
+        self._backend = backend
+        self._request = request
+        self._deadline = deadline
+        self._arrived = time.monotonic()
+        self._admitted = self._arrived
+        self._features_complete: float | None = None
+        self._lease: Lease | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._choices: dict[int, Choice] = {}  # by seq_id
+        self._inbox: deque[StepOutput] = deque()
+        self._failure: DvdError | None = None
+        self._news = asyncio.Event()
+        self._is_closed = False
+        self._num_prompt_tokens = 0
+        self._num_image_tokens = 0
+
+    async def events(self) -> AsyncIterator[GenerateEvent]:
+        """One Admitted, then Tokens, then one Finished per choice.
+
+        Raises:
+            InvalidRequest: the request cannot be served as it is.
+            Overloaded: no place, or the reader of these events is too slow.
+            DeadlineExceeded: the time is up, or features did not arrive.
+            Unavailable: the engine has died.
+        """
+        request, backend = self._request, self._backend
+        check_request(request, vocab_size=backend.vocab_size, max_choices=backend.max_choices)
+        backend.engine.check_room(request.sampling.n)
+        prompt = await self._tokenise()
+        num_prompt_tokens = prompt.num_text_tokens + sum(image.max_num_tokens for image in request.images)
+        sampling = sampling_params(request, num_prompt_tokens, backend.max_model_len)
+        lease = await self._reserve()
+        yield GenerateEvent(admitted=self._admission(num_prompt_tokens, lease))
+        if backend.is_flash:  # the prompt's length is known only when all tiles have come
+            await lease.wait_complete(min(backend.feature_timeout, self._remaining()))
+            self._features_complete = time.monotonic()
+        for choice in self._prepare(prompt, sampling, lease):
+            if (finish_reason := choice.replay(backend.eos_token_ids)) is not None:
+                yield self._finish(choice, finish_reason)
+        self._start()
+        while not all(choice.is_finished for choice in self._choices.values()):
+            for event in self._on_output(await self._next_output()):
+                yield event
+
+    def close(self) -> None:
+        """Give everything back. Safe to call twice, and at any moment."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        release = self._lease.release if self._lease is not None else lambda: None
+        # Feature memory goes back only after the engine has let go of the sequences that read it.
+        self._backend.engine.abort(list(self._choices), release)
+        self._observe()
+
+    # --- before the engine
+
+    async def _tokenise(self) -> Prompt:
+        messages, num_images = self._request.messages, len(self._request.images)
+        build = self._backend.prompts.build
+        if sum(len(part.text) for message in messages for part in message.parts) < _INLINE_CHARS:
+            return build(messages, num_images)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._backend.tokenising, build, messages, num_images)
+
+    async def _reserve(self) -> Lease:
+        keys = [ImageKey(image.mm_hash, image.max_num_tokens) for image in self._request.images]
+        remaining = self._remaining()
+        lease = await self._backend.features.reserve(
+            self._request.request_id, keys, timeout=remaining, lifetime=remaining
+        )
+        if self._is_closed:
+            lease.release()
+            raise Cancelled("the caller has left")
+        self._lease = lease
+        return lease
+
+    def _admission(self, num_prompt_tokens: int, lease: Lease) -> Admitted:
+        self._admitted = time.monotonic()
+        return Admitted(
+            missing=[ImageTicket(image_index=index, ticket=ticket) for index, ticket in lease.missing.items()],
+            deliver_to=self._backend.deliver_to if lease.missing else (),
+            dtype=self._backend.feature_dtype,
+            num_prompt_tokens=num_prompt_tokens,
+        )
+
+    def _prepare(self, prompt: Prompt, sampling: SamplingParams, lease: Lease) -> Items[Choice]:
+        request, backend = self._request, self._backend
+        counts = lease.num_image_tokens if backend.is_flash else [image.max_num_tokens for image in request.images]
+        ids, spans = prompt.lay_out(counts, [image.mm_hash for image in request.images])
+        self._num_prompt_tokens, self._num_image_tokens = len(ids), sum(counts)
+        for index, own_sampling in enumerate(for_each_choice(sampling, request.sampling.n)):
+            sequence = Sequence(
+                seq_id=next(backend.seq_ids),
+                request_id=request.request_id,
+                prompt_token_ids=ids,
+                sampling=own_sampling,
+                image_spans=spans,
+                output_token_ids=list(request.output_token_ids),
+                cache_scope=request.cache_scope,
+            )
+            detokenizer = IncrementalDetokenizer(
+                backend.tokenizer,
+                request.sampling.skip_special_tokens,
+                list(request.sampling.stop),
+                backend.prompts.hidden_header,
+            )
+            self._choices[sequence.seq_id] = Choice(index, sequence, detokenizer, backend.tokenizer)
+        return list(self._choices.values())
+
+    def _start(self) -> None:
+        if self._is_closed:
+            raise Cancelled("the caller has left")
+        sequences = [choice.sequence for choice in self._choices.values() if not choice.is_finished]
+        if not sequences:
+            return
+        self._backend.engine.add(sequences, self)
+        if self._lease is not None and not self._lease.is_complete:
+            self._watcher = asyncio.create_task(self._watch_features(self._lease))
+
+    async def _watch_features(self, lease: Lease) -> None:
+        try:
+            await lease.wait_complete(self._backend.feature_timeout)
+        except DeadlineExceeded as error:
+            self.on_failure(error)
+        else:
+            self._features_complete = time.monotonic()
+
+    # --- SequenceSink
+
+    def on_start(self, seq_id: int, when: float) -> None:
+        self._choices[seq_id].started = when
+
+    def on_output(self, output: StepOutput) -> None:
+        if len(self._inbox) >= self._backend.max_stream_events:
+            self.on_failure(Overloaded("the reader of this stream is too slow"))
+            return
+        self._inbox.append(output)
+        self._news.set()
+
+    def on_failure(self, error: DvdError) -> None:
+        """Nothing more will come: the engine stops working for this call at once, its reader hears of it next."""
+        self._failure = self._failure or error
+        self._news.set()
+        self._backend.engine.abort(list(self._choices))
+
+    # --- after the engine
+
+    async def _next_output(self) -> StepOutput:
+        while not self._inbox or self._failure is not None:
+            if self._failure is not None:
+                raise self._failure
+            self._news.clear()
+            try:
+                async with asyncio.timeout(self._remaining()):
+                    await self._news.wait()
+            except TimeoutError:
+                raise DeadlineExceeded("the request's time is up") from None
+        return self._inbox.popleft()
+
+    def _on_output(self, output: StepOutput) -> Iterator[GenerateEvent]:
+        choice = self._choices[output.seq_id]
+        if choice.is_finished:  # tokens made while its stop string was being found
+            return
+        token, finish_reason = choice.take(output)
+        if token is not None:
+            yield GenerateEvent(token=token)
+        if finish_reason is not None:
+            if output.finish_reason is None:
+                self._backend.engine.abort([output.seq_id])
+            yield self._finish(choice, finish_reason)
+
+    def _finish(self, choice: Choice, finish_reason: FinishReason) -> GenerateEvent:
+        choice.is_finished = True
+        usage = Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=choice.num_tokens,
+            cached_tokens=choice.sequence.num_cached_tokens,
+            image_tokens=self._num_image_tokens,
+        )
+        return GenerateEvent(
+            finished=Finished(
+                choice=choice.index,
+                finish_reason=finish_reason,
+                text=choice.flush(),
+                usage=usage,
+                timings=self._timings(choice),
+            )
+        )
+
+    # --- time
+
+    def _remaining(self) -> float:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise DeadlineExceeded("the request's time is up")
+        return remaining
+
+    def _timings(self, choice: Choice) -> LanguageTimings:
+        return LanguageTimings(
+            queue_ms=_milliseconds(self._arrived, choice.started),
+            feature_wait_ms=_milliseconds(self._admitted, self._features_complete),
+            prefill_ms=_milliseconds(choice.started, choice.first_token),
+            decode_ms=_milliseconds(choice.first_token, choice.last_token),
+        )
+
+    def _observe(self) -> None:
+        """Count a call that ends."""
+        metrics.LANGUAGE_REQUEST_DURATION_SECONDS.observe(time.monotonic() - self._arrived)
+        if not all(choice.is_finished for choice in self._choices.values()) and self._failure is None:
+            metrics.CANCELLED.labels("language").inc()
+        for choice in self._choices.values():
+            metrics.LANGUAGE_GENERATION_TOKENS.inc(choice.num_tokens)
+            if not choice.is_finished or choice.first_token is None:
+                continue
+            timings = self._timings(choice)
+            metrics.LANGUAGE_QUEUE_SECONDS.observe(timings.queue_ms / 1000)
+            metrics.LANGUAGE_FEATURE_WAIT_SECONDS.observe(timings.feature_wait_ms / 1000)
+            metrics.LANGUAGE_PREFILL_SECONDS.observe(timings.prefill_ms / 1000)
+            metrics.LANGUAGE_DECODE_SECONDS.observe(timings.decode_ms / 1000)
+        if self._choices:
+            metrics.LANGUAGE_PROMPT_TOKENS.labels("image").inc(self._num_image_tokens)
+            metrics.LANGUAGE_PROMPT_TOKENS.labels("text").inc(self._num_prompt_tokens - self._num_image_tokens)
+
+
+def _milliseconds(start: float | None, end: float | None) -> float:
+    return 0.0 if start is None or end is None else max(0.0, end - start) * 1000

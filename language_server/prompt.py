@@ -1,0 +1,217 @@
+"""Chat messages -> token ids with room for images. Templates are code, not Jinja: a template is a program.
+
+Special tokens come only from the template, by id; what users wrote is encoded as plain text. Between two special
+tokens all text is encoded as one string, so that the ids are those of tokenising the whole rendered prompt. Knows
+nothing of features or scheduling.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from common.service.errors import CheckpointError, InvalidRequest
+from language_server.sequence import ImageSpan
+from language_server.tokenizer import Tokenizer
+from protos.language_pb2 import ChatMessage
+
+IMAGE_START: Final = "<img>"
+IMAGE_END: Final = "</img>"
+IMAGE_CONTEXT: Final = "<IMG_CONTEXT>"
+
+ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """A special token, by its text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlace:
+    """Where the placeholders of one image go."""
+
+    image_index: int
+
+
+Segment = str | Special | ImagePlace
+
+
+class Template(Protocol):
+    """A chat format (INTERNVL.md section 5.1)."""
+
+    @property
+    def hidden_header(self) -> tuple[tuple[str, ...], str] | None:
+        """Special tokens that open, and the one that closes, a header in the reply that is no text."""
+        ...
+
+    def render(self, messages: Iterable[ChatMessage]) -> Iterator[Segment]:
+        """The prompt up to and including the opened assistant turn."""
+        ...
+
+
+class InternVL25Template:
+    """``internvl2_5``: every message ends with ``<|im_end|>`` and a newline."""
+
+    hidden_header = None
+
+    def render(self, messages: Iterable[ChatMessage]) -> Iterator[Segment]:
+        for message in messages:
+            yield Special("<|im_start|>")
+            yield f"{message.role}\n"
+            yield from _content(message)
+            yield Special("<|im_end|>")
+            yield "\n"
+        yield Special("<|im_start|>")
+        yield "assistant\n"
+
+
+class GptOssTemplate:
+    """``internvl3_5_gpt_oss``: the reply names its channel first."""
+
+    hidden_header = (("<|start|>", "<|channel|>"), "<|message|>")
+
+    def render(self, messages: Iterable[ChatMessage]) -> Iterator[Segment]:
+        for message in messages:
+            yield Special("<|start|>")
+            yield message.role
+            if message.role == "assistant":
+                yield Special("<|channel|>")
+                yield "final"
+            yield Special("<|message|>")
+            yield from _content(message)
+            yield Special("<|end|>")
+        yield Special("<|start|>")
+        yield "assistant"
+
+
+TEMPLATES: Final[dict[str, Template]] = {
+    "internvl2_5": InternVL25Template(),
+    "internvl3_5_gpt_oss": GptOssTemplate(),
+}
+
+
+def _content(message: ChatMessage) -> Iterator[Segment]:
+    for part in message.parts:
+        if part.WhichOneof("part") != "image_index":
+            yield part.text
+            continue
+        yield Special(IMAGE_START)
+        yield ImagePlace(part.image_index)
+        yield Special(IMAGE_END)
+        if not message.inline_images:
+            yield "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenised prompt whose images have no size yet: runs of ids, and image indices between them."""
+
+    runs: tuple[list[int] | int, ...]
+    image_token_id: int
+
+    @property
+    def num_text_tokens(self) -> int:
+        return sum(len(run) for run in self.runs if isinstance(run, list))
+
+    def lay_out(self, num_image_tokens: Sequence[int], mm_hashes: Sequence[bytes]) -> tuple[list[int], list[ImageSpan]]:
+        """Ids with ``num_image_tokens[i]`` placeholders for image ``i``, and where they lie.
+
+        The rule rows == placeholders is made true here: both counts come from the same place.
+        """
+        ids: list[int] = []
+        spans: list[ImageSpan] = []
+        for run in self.runs:
+            if isinstance(run, list):
+                ids += run
+                continue
+            spans.append(ImageSpan(run, len(ids), num_image_tokens[run], mm_hashes[run]))
+            ids += [self.image_token_id] * num_image_tokens[run]
+        return ids, spans
+
+
+class PromptBuilder:
+    """Renders and tokenises for one checkpoint.
+
+    Args:
+        template: name of the chat format, from the checkpoint's config.
+        system_message: what a conversation without a system message starts with; None: nothing.
+
+    Raises:
+        CheckpointError: unknown template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, system_message: str | None) -> None:
+        if template not in TEMPLATES:
+            raise CheckpointError(f"config.json: template: unknown chat format {template[:64]!r}")
+        self._tokenizer = tokenizer
+        self._template = TEMPLATES[template]
+        self._system_message = system_message
+        self._image_token_id = tokenizer.token_id(IMAGE_CONTEXT)
+
+    @property
+    def hidden_header(self) -> tuple[frozenset[int], int] | None:
+        """Ids that open and close a header of the reply; see ``IncrementalDetokenizer``."""
+        if self._template.hidden_header is None:
+            return None
+        openers, closer = self._template.hidden_header
+        token_id = self._tokenizer.token_id
+        return frozenset(token_id(opener) for opener in openers), token_id(closer)
+
+    def build(self, messages: Sequence[ChatMessage], num_images: int) -> Prompt:
+        """Tokenise a conversation in which each of ``num_images`` images has exactly one place.
+
+        Raises:
+            InvalidRequest: no messages, an unknown role, an image outside a user message, or images and places that
+                do not match.
+        """
+        _check(messages, num_images)
+        runs: list[list[int] | int] = [list(self._tokenizer.prefix_ids)]
+        text = ""
+        for segment in self._template.render(self._with_system_message(messages)):
+            if isinstance(segment, str):
+                text += segment
+                continue
+            ids = self._tokenizer.encode(text) if text else []
+            text = ""
+            if isinstance(segment, Special):
+                ids.append(self._tokenizer.token_id(segment.text))
+            _extend(runs, ids)
+            if isinstance(segment, ImagePlace):
+                runs.append(segment.image_index)
+        if text:
+            _extend(runs, self._tokenizer.encode(text))
+        return Prompt(tuple(runs), self._image_token_id)
+
+    def _with_system_message(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+        if self._system_message is None or any(message.role == "system" for message in messages):
+            return messages
+        system = ChatMessage(role="system", parts=[{"text": self._system_message}])
+        return [system, *messages]
+
+
+def _extend(runs: list[list[int] | int], ids: list[int]) -> None:
+    if runs and isinstance(runs[-1], list):
+        runs[-1] += ids
+    else:
+        runs.append(ids)
+
+
+def _check(messages: Sequence[ChatMessage], num_images: int) -> None:
+    if not messages:
+        raise InvalidRequest("a conversation needs at least one message", param="messages")
+    places: list[int] = []
+    for position, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise InvalidRequest(f"unknown role {message.role[:64]!r}", param=f"messages[{position}].role")
+        images = [part.image_index for part in message.parts if part.WhichOneof("part") == "image_index"]
+        if images and message.role != "user":
+            raise InvalidRequest("images belong in user messages", param=f"messages[{position}]")
+        places += images
+    if sorted(places) != list(range(num_images)):
+        raise InvalidRequest(
+            f"{num_images} images for {len(places)} places in the messages",
+            code="image_marker_mismatch",
+            param="messages",
+        )

@@ -1,0 +1,114 @@
+"""What a GenerateRequest may say, and what its sampling fields mean to the engine.
+
+The router has checked the ranges of API.md section 2 and says better what is wrong. They are checked again because a
+value that no sampler expects could end the engine, and every request with it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence as Items
+from typing import Final
+
+from common.service.errors import InvalidRequest
+from language_server.sequence import SamplingParams
+from protos.language_pb2 import GenerateRequest
+from protos.language_pb2 import SamplingParams as Wanted
+
+REQUEST_ID_BYTES: Final = 16
+MM_HASH_BYTES: Final = 32
+MAX_SEED: Final = 2**63
+MAX_STOP_STRINGS: Final = 16
+MAX_TOP_LOGPROBS: Final = 20
+
+_RANGES: Final = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 10.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+_MUST_BE_POSITIVE: Final = ("top_p", "repetition_penalty")
+_MAX_BIAS: Final = 100.0
+
+
+def check_request(request: GenerateRequest, *, vocab_size: int, max_choices: int) -> None:
+    """Raises InvalidRequest, naming the field."""
+    sampling = request.sampling
+    if len(request.request_id) != REQUEST_ID_BYTES:
+        raise InvalidRequest(f"{len(request.request_id)} bytes, expected {REQUEST_ID_BYTES}", param="request_id")
+    for index, image in enumerate(request.images):
+        if len(image.mm_hash) != MM_HASH_BYTES:
+            raise InvalidRequest(
+                f"{len(image.mm_hash)} bytes, expected {MM_HASH_BYTES}", param=f"images[{index}].mm_hash"
+            )
+    if not 1 <= sampling.n <= max_choices:
+        raise InvalidRequest(f"n must be between 1 and {max_choices}", param="n")
+    if request.output_token_ids and sampling.n != 1:
+        raise InvalidRequest("only a single choice can be continued", param="n")
+    _check_ranges(sampling, vocab_size)
+    for name, ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+        ("output_token_ids", request.output_token_ids),
+    ):
+        if any(token_id >= vocab_size for token_id in ids):
+            raise InvalidRequest(f"a token id is outside the vocabulary of {vocab_size}", param=name)
+
+
+def _check_ranges(sampling: Wanted, vocab_size: int) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(sampling, name)
+        if not low <= value <= high or (value == 0 and name in _MUST_BE_POSITIVE):  # also refuses NaN
+            raise InvalidRequest(f"{name} is out of range: {value}", param=name)
+    if not 0 <= sampling.top_k <= vocab_size:
+        raise InvalidRequest(f"top_k is out of range: {sampling.top_k}", param="top_k")
+    if sampling.top_logprobs > MAX_TOP_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs is out of range: {sampling.top_logprobs}", param="top_logprobs")
+    if not all(math.isfinite(bias) and abs(bias) <= _MAX_BIAS for bias in sampling.logit_bias.values()):
+        raise InvalidRequest(f"a bias is not between -{_MAX_BIAS:g} and {_MAX_BIAS:g}", param="logit_bias")
+    if len(sampling.stop) > MAX_STOP_STRINGS or not all(sampling.stop):
+        raise InvalidRequest("too many stop strings, or an empty one", param="stop")
+
+
+def sampling_params(request: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> SamplingParams:
+    """The request's sampling, ``max_tokens`` clamped to the room that the prompt leaves.
+
+    Raises:
+        InvalidRequest: there is none (``context_length_exceeded``).
+    """
+    wanted = request.sampling
+    room = max_model_len - num_prompt_tokens
+    if room <= 0:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt_tokens} tokens, prompt and reply together may have {max_model_len}",
+            code="context_length_exceeded",
+            param="messages",
+        )
+    max_tokens = min(wanted.max_tokens or room, room)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min(wanted.min_tokens, max_tokens),
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        top_k=wanted.top_k,
+        min_p=wanted.min_p,
+        repetition_penalty=wanted.repetition_penalty,
+        presence_penalty=wanted.presence_penalty,
+        frequency_penalty=wanted.frequency_penalty,
+        seed=wanted.seed if wanted.HasField("seed") else None,
+        stop_token_ids=frozenset(wanted.stop_token_ids),
+        ignore_eos=wanted.ignore_eos,
+        logit_bias=dict(wanted.logit_bias),
+        logprobs=wanted.top_logprobs if wanted.logprobs else None,
+    )
+
+
+def for_each_choice(sampling: SamplingParams, num_choices: int) -> Items[SamplingParams]:
+    """Choices of one seeded request differ from each other, and each is the same in every run."""
+    if sampling.seed is None:
+        return [sampling] * num_choices
+    return [
+        dataclasses.replace(sampling, seed=(sampling.seed + index) % MAX_SEED if index else sampling.seed)
+        for index in range(num_choices)
+    ]

@@ -1,0 +1,122 @@
+"""The scheduler's unit of work: one sequence of tokens and how it wants to be sampled.
+
+Pure Python. Knows nothing of blocks' contents, tensors, text or the wire.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the next token. Ranges are those of API.md section 2; ``LanguageEngine.add`` checks them."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    seed: int | None = None  # None: the engine draws one
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # None: off, else how many top logprobs come with each token
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where one image's placeholders lie in the prompt. ``num_tokens`` placeholders <-> as many embedding rows."""
+
+    image_index: int
+    start: int  # token position of the first placeholder
+    num_tokens: int
+    mm_hash: bytes
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One choice of one request: the prompt, what was generated, and how much of it lies in the KV cache.
+
+    ``output_token_ids`` given at construction were already sent by another server: they count as outputs, so sampling
+    goes on at the position where that server stopped. ``cache_scope`` seeds the prefix hash: sequences of different
+    scopes never share blocks.
+    """
+
+    seq_id: int
+    request_id: bytes
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    image_spans: Items[ImageSpan] = ()
+    output_token_ids: list[int] = field(default_factory=list)
+    cache_scope: str = ""
+
+    status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    num_computed_tokens: int = field(default=0, init=False)  # KV of the first so many tokens is in the cache
+    num_cached_tokens: int = field(default=0, init=False)  # of these, reused from other sequences at first admission
+    num_preemptions: int = field(default=0, init=False)
+    block_table: list[int] = field(default_factory=list, init=False)
+    block_hashes: list[bytes] = field(default_factory=list, init=False)  # of full blocks, as far as computed
+    token_ids: list[int] = field(init=False)  # prompt and output
+
+    def __post_init__(self) -> None:
+        self.output_token_ids = list(self.output_token_ids)
+        self.token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens whose KV is still to be computed; 1 in steady decode."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the token generated last is missing from the cache."""
+        return self.num_pending_tokens == 1 and len(self.token_ids) > len(self.prompt_token_ids)
+
+    @property
+    def has_images(self) -> bool:
+        return bool(self.image_spans)
+
+    def append(self, token_id: int) -> None:
+        self.output_token_ids.append(token_id)
+        self.token_ids.append(token_id)
+
+    def set_seed(self, seed: int) -> None:
+        """Fix the seed of a sequence that came without one."""
+        self.sampling = dataclasses.replace(self.sampling, seed=seed)

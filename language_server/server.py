@@ -1,0 +1,333 @@
+"""The language server as a program: ``start`` (listen), ``load`` (weights, engine, warm-up), serve, ``drain``.
+
+Puts the parts together and knows nothing of tokens. Routers see it from the first moment, in state STARTING.
+"""
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any, Final, TypeAlias
+
+import grpc.aio
+import torch
+
+from common.model.checkpoint import Checkpoint
+from common.model.config import InternVLConfig, load_config
+from common.model.device import choose_device, choose_dtype
+from common.service import announce, metrics, rpc
+from common.service.errors import Cancelled, ConfigError, Overloaded, Unavailable
+from common.service.health import add_health
+from common.service.program import Progress
+from common.service.status import StatusBoard
+from common.transport.listen import PRIVATE_DIRECTORY
+from common.transport.select import make_receiver
+from language_server.backbone import load_backbone
+from language_server.engine import EngineConfig, EngineStats, LanguageEngine
+from language_server.engine_thread import EngineThread
+from language_server.feature_image import FeatureLayout
+from language_server.features import FeatureStore
+from language_server.generation import Backend, Generation
+from language_server.prompt import PromptBuilder
+from language_server.settings import LanguageSettings
+from language_server.tokenizer import Tokenizer
+from protos import frame, language_pb2_grpc
+from protos.language_pb2 import GenerateEvent, GenerateRequest
+from protos.status_pb2 import (
+    FEATURE_DTYPE_BFLOAT16,
+    FEATURE_DTYPE_FLOAT32,
+    WORKER_STATE_DRAINING,
+    WORKER_STATE_READY,
+    WORKER_STATE_STARTING,
+    Endpoint,
+    LanguageLoad,
+    ModelInfo,
+    WatchStatusRequest,
+    WorkerStatus,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_CHOICES: Final = 64
+_TOKENISING_THREADS: Final = 2
+_STOP_SECONDS: Final = 10.0
+_LINGER_SECONDS: Final = 0.25
+"""For events already made to reach their callers; ``WatchStatus`` streams would never end by themselves."""
+
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+class LanguageServicer(language_pb2_grpc.LanguageServicer):
+    """The gRPC face: each call is one ``Generation``."""
+
+    def __init__(self, board: StatusBoard, request_timeout: float, max_num_open: int) -> None:
+        self._board = board
+        self._max_num_open = max_num_open
+        self._request_timeout = request_timeout
+        self._open: set[Generation] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.backend: Backend | None = None  # once loaded
+
+    async def drained(self) -> None:
+        """Returns once no ``Generate`` is running."""
+        await self._idle.wait()
+
+    async def Generate(self, request: GenerateRequest, context: _Context) -> AsyncIterator[GenerateEvent]:
+        """See ``Generation.events``; a server that is not ready answers Unavailable."""
+        if self.backend is None or self._board.state == WORKER_STATE_STARTING:
+            raise Unavailable("this server is starting", code="not_ready")
+        if self._board.state == WORKER_STATE_DRAINING:
+            raise Unavailable("this server is draining", code="draining")
+        if len(self._open) >= self._max_num_open:
+            raise Overloaded("too many requests are waiting")
+        remaining = rpc.remaining_seconds(context)
+        timeout = self._request_timeout if remaining is None else min(remaining, self._request_timeout)
+        generation = Generation(self.backend, request, time.monotonic() + timeout)
+        self._open.add(generation)
+        self._idle.clear()
+        # A generator that is suspended when its caller leaves runs no further: the call itself must tell us.
+        context.add_done_callback(lambda _: self._close(generation))
+        try:
+            async for event in generation.events():
+                yield event
+        finally:
+            self._close(generation)
+
+    async def WatchStatus(self, request: WatchStatusRequest, context: _Context) -> AsyncIterator[WorkerStatus]:
+        """State and load for one router, for as long as it listens."""
+        async for status in self._board.watch():
+            yield status
+
+    def _close(self, generation: Generation) -> None:
+        generation.close()
+        self._open.discard(generation)
+        if not self._open:
+            self._idle.set()
+
+
+class LanguageServer:
+    """All parts of one language server. Construction reads headers only; raises StartupError on what cannot work."""
+
+    def __init__(self, settings: LanguageSettings) -> None:
+        self.settings = settings
+        self.config = load_config(settings.model)
+        self.device = choose_device(settings.device)
+        self.dtype = choose_dtype(settings.dtype, self.device)
+        self.max_model_len = _max_model_len(settings, self.config)
+        self._checkpoint = Checkpoint.open(settings.model)
+        self._fingerprint = self._checkpoint.fingerprint(self.config)
+        self._tokenizer = Tokenizer.load(settings.model)
+        self._prompts = PromptBuilder(self._tokenizer, self.config.template, self.config.system_message)
+        self._metrics_address = _start_metrics(settings)
+        self._model_info = self._describe_model()
+        self.board = StatusBoard(
+            settings.name, self._fingerprint, self._model_info, self._load_report, self._metrics_address
+        )
+        max_num_live = settings.max_num_seqs + settings.max_num_waiting
+        self.engine = EngineThread(max_num_live, on_progress=self.board.bump)
+        self.features = FeatureStore(self._feature_layout(), settings.feature_bytes, on_ready=self.engine.wake)
+        self._receivers = [
+            make_receiver(transport, _nth_port(settings.feature_listen, index))
+            for index, transport in enumerate(settings.transports)
+        ]
+        self._servicer = LanguageServicer(self.board, settings.request_timeout, max_num_live)
+        self._grpc = rpc.make_server()
+        add_health(self._grpc, self.board)
+        language_pb2_grpc.add_LanguageServicer_to_server(self._servicer, self._grpc)  # type: ignore[no-untyped-call]
+        self._tokenising = ThreadPoolExecutor(_TOKENISING_THREADS, thread_name_prefix="tokenise")
+        self._is_load_aborted = threading.Event()
+        self.address = ""
+
+    async def start(self) -> None:
+        """Listen, answering that the server is not ready. Raises ConfigError if the address cannot be had."""
+        self.address = rpc.bind(self._grpc, self.settings.listen)
+        await self._grpc.start()
+
+    async def load(self, progress: Progress = lambda done, total: None) -> None:
+        """Read the weights, make the engine, run one token to warm up, and open the doors.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit.
+            ConfigError: the options do not fit the device, or an address cannot be had.
+            Cancelled: ``abort_load`` was called.
+        """
+
+        def watched(done: int, total: int) -> None:
+            if self._is_load_aborted.is_set():
+                raise Cancelled("stopped while loading")
+            self.board.bump()
+            progress(done, total)
+
+        started = time.monotonic()
+        engine = await self.engine.call(lambda: self._make_engine(watched))
+        loaded = time.monotonic()
+        await self.engine.call(engine.warm_up)
+        metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
+        metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
+        self.engine.start(engine)
+        deliver_to = [await receiver.start(self.features) for receiver in self._receivers]
+        self._servicer.backend = self._make_backend(deliver_to, engine.max_model_len)
+        self._model_info.max_model_len = engine.max_model_len  # less where KV memory is short
+        self._export_gauges()
+        self.board.state = WORKER_STATE_READY
+        announce.write(
+            self.settings.announce,
+            name=self.settings.name,
+            role="language",
+            address=self.address,
+            metrics_address=self._metrics_address,
+        )
+
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """Done when the engine's thread is."""
+        if self.engine.ended is None:
+            raise RuntimeError("the engine was not started")
+        return self.engine.ended
+
+    @property
+    def ready_line(self) -> str:
+        stats = self.engine.stats
+        num_blocks = 0 if stats is None else stats.num_total_blocks
+        return (
+            f"language server ready at {self.address} model {self.settings.model_name} device {self.device}"
+            f" dtype {str(self.dtype).removeprefix('torch.')} context {self._model_info.max_model_len}"
+            f" KV blocks {num_blocks}"
+        )
+
+    def abort_load(self) -> None:
+        """Make ``load`` fail at the next tensor."""
+        self._is_load_aborted.set()
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait for the admitted ones, at most ``shutdown_timeout`` seconds."""
+        self.board.state = WORKER_STATE_DRAINING
+        try:
+            async with asyncio.timeout(self.settings.shutdown_timeout):
+                await self._servicer.drained()
+        except TimeoutError:
+            log.warning("requests still in work after %g s are dropped", self.settings.shutdown_timeout)
+
+    async def close(self) -> bool:
+        """Let go of everything; what is still in work fails. False if the engine's thread is stuck."""
+        await self._grpc.stop(_LINGER_SECONDS)
+        for receiver in self._receivers:
+            await receiver.close()
+        has_ended = await self.engine.stop(_STOP_SECONDS)
+        self._tokenising.shutdown(wait=False)
+        return has_ended
+
+    def _make_engine(self, progress: Progress) -> LanguageEngine:
+        backbone = load_backbone(self._checkpoint, self.config, dtype=self.dtype, device=self.device, progress=progress)
+        settings = self.settings
+        config = EngineConfig(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            # The thread's own limit counts the running ones too, and refuses before anything is spent.
+            max_num_waiting=settings.max_num_seqs + settings.max_num_waiting,
+            block_size=settings.block_size,
+            kv_cache_bytes=settings.kv_cache_bytes,
+            kv_memory_fraction=settings.kv_memory_fraction,
+        )
+        return LanguageEngine(config, backbone, eos_token_ids=self._eos_token_ids, embeds=self.features)
+
+    def _make_backend(self, deliver_to: list[Endpoint], max_model_len: int) -> Backend:
+        return Backend(
+            prompts=self._prompts,
+            tokenizer=self._tokenizer,
+            features=self.features,
+            engine=self.engine,
+            tokenising=self._tokenising,
+            deliver_to=deliver_to,
+            feature_dtype=FEATURE_DTYPE_FLOAT32 if self.dtype == torch.float32 else FEATURE_DTYPE_BFLOAT16,
+            is_flash=self.config.flash is not None,
+            eos_token_ids=self._eos_token_ids,
+            vocab_size=self.config.vocab_size,
+            max_model_len=max_model_len,
+            max_choices=min(MAX_CHOICES, self.settings.max_num_seqs + self.settings.max_num_waiting),
+            max_stream_events=self.settings.max_stream_events,
+            feature_timeout=self.settings.feature_timeout,
+            seq_ids=itertools.count(),
+        )
+
+    @property
+    def _eos_token_ids(self) -> frozenset[int]:
+        return frozenset(self.config.generation.eos_token_ids)
+
+    def _feature_layout(self) -> FeatureLayout:
+        return FeatureLayout(
+            fingerprint=self._fingerprint,
+            hidden_size=self.config.text_hidden_size,
+            dtype="float32" if self.dtype == torch.float32 else "bfloat16",
+            tokens_per_tile=self.config.tokens_per_tile,
+            is_flash=self.config.flash is not None,
+        )
+
+    def _describe_model(self) -> ModelInfo:
+        tiling, generation = self.config.tiling, self.config.generation
+        return ModelInfo(
+            model=self.settings.model_name,
+            max_model_len=self.max_model_len,
+            image_size=tiling.tile_size,
+            tokens_per_tile=self.config.tokens_per_tile,
+            min_dynamic_patch=tiling.min_tiles,
+            max_dynamic_patch=tiling.max_tiles,
+            use_thumbnail=tiling.use_thumbnail,
+            dynamic_image_size=tiling.dynamic,
+            vocab_size=self.config.vocab_size,
+            default_temperature=generation.temperature,
+            default_top_p=generation.top_p,
+            default_top_k=generation.top_k,
+            default_repetition_penalty=generation.repetition_penalty,
+        )
+
+    def _load_report(self) -> LanguageLoad:
+        load = LanguageLoad(free_feature_bytes=self.features.free_bytes, max_num_waiting=self.settings.max_num_waiting)
+        if (stats := self.engine.stats) is not None:
+            load.num_running = stats.num_running
+            load.num_waiting = stats.num_waiting
+            load.free_kv_blocks = stats.num_free_blocks
+            load.total_kv_blocks = stats.num_total_blocks
+        return load
+
+    def _export_gauges(self) -> None:
+        """Read from the engine's last step when they are asked for."""
+
+        def of_last_step(value: Callable[[EngineStats], float]) -> Callable[[], float]:
+            return lambda: value(self.engine.stats) if self.engine.stats is not None else 0.0
+
+        metrics.LANGUAGE_REQUESTS_RUNNING.set_function(of_last_step(lambda stats: stats.num_running))
+        metrics.LANGUAGE_REQUESTS_WAITING.set_function(of_last_step(lambda stats: stats.num_waiting))
+        metrics.LANGUAGE_REQUESTS_WAITING_FOR_FEATURES.set_function(
+            of_last_step(lambda stats: stats.num_waiting_for_features)
+        )
+        metrics.LANGUAGE_KV_CACHE_USAGE_RATIO.set_function(
+            of_last_step(lambda stats: 1 - stats.num_free_blocks / stats.num_total_blocks)
+        )
+
+
+def _nth_port(listen: str, index: int) -> str:
+    """``host:port`` with the port ``index`` higher: one port cannot serve two transports. Port 0 and sockets stay."""
+    host, _, port = listen.rpartition(":")
+    if listen.startswith(PRIVATE_DIRECTORY) or not port.isdecimal() or int(port) == 0:
+        return listen
+    return f"{host}:{int(port) + index}"
+
+
+def _max_model_len(settings: LanguageSettings, config: InternVLConfig) -> int:
+    length = settings.max_model_len or config.max_model_len
+    if length > config.max_model_len:
+        raise ConfigError(f"max_model_len {length} is above the model's own limit of {config.max_model_len}")
+    return length
+
+
+def _start_metrics(settings: LanguageSettings) -> str:
+    metrics.set_model(settings.model_name)
+    metrics.BUILD_INFO.labels(version("dvd-serve"), str(frame.VERSION)).set(1)
+    return metrics.start_server(settings.metrics_listen, "language") if settings.metrics_listen else ""

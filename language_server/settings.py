@@ -1,0 +1,52 @@
+"""Options of the language server."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from common.service.program import ServerSettings
+from common.service.settings import Field
+
+
+class LanguageSettings(ServerSettings):
+    """The language server of DvD: prefill and decode, image features from vision servers."""
+
+    program: ClassVar[str] = "dvd language"
+
+    model: Path = Field(description="checkpoint directory, in InternVL or transformers format")
+    served_model_name: str | None = Field(None, description="name in metrics and status; default: the directory's name")
+    name: str = Field("language-0", description="name of this server, a metric label")
+    listen: str = Field("127.0.0.1:9101", description="gRPC address, host:port (port 0: any free one) or unix:/path")
+    feature_listen: str = Field(
+        "127.0.0.1:0",
+        description="where features arrive: host:port (each transport takes the next port; 0: any) or unix-dir:/path",
+    )
+    transports: tuple[Literal["zmq", "grpc"], ...] = Field(
+        ("zmq", "grpc"), min_length=1, description="ways to take features, best first"
+    )
+    metrics_listen: str | None = Field("127.0.0.1:0", description="host:port of /metrics; null switches it off")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of weights, arithmetic and features")
+    max_model_len: int | None = Field(
+        None, ge=1, description="tokens of prompt and reply; default: the model's own limit"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step")
+    max_num_waiting: int = Field(256, ge=1, description="sequences admitted but not in the batch; more are refused")
+    block_size: int | None = Field(
+        None, ge=1, description="tokens per block of KV memory; default: as attention likes it"
+    )
+    kv_cache_bytes: int | None = Field(None, ge=1, description="KV memory; default: what suits device and model")
+    kv_memory_fraction: float = Field(
+        0.85, gt=0, lt=1, description="share of the GPU memory left beside the weights that KV takes by default"
+    )
+    feature_bytes: int = Field(2**30, ge=1, description="memory for image features, those kept for reuse included")
+    feature_timeout: float = Field(60.0, gt=0, description="seconds without a new tile after which a request fails")
+    request_timeout: float = Field(600.0, gt=0, description="seconds for a request whose caller sets no deadline")
+    max_stream_events: int = Field(1024, ge=16, description="tokens held for a slow reader before its request ends")
+    threads: int | None = Field(None, ge=1, description="CPU threads of one step; default: torch's choice")
+    nice: int = Field(0, ge=0, le=19, description="OS priority; 0: before a vision server on the same cores")
+    shutdown_timeout: float = Field(60.0, gt=0, description="seconds to finish admitted requests after SIGTERM")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model.resolve().name

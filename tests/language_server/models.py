@@ -1,0 +1,39 @@
+"""Tiny language models of every family: the transformers module as reference, and our backbone with its weights."""
+
+from functools import lru_cache
+
+import torch
+
+from language_server.backbone import LanguageBackbone, build_model
+from tests import checkpoints
+
+# Tiny matrices: a second thread only waits for the first, and on a busy machine it waits for whole time slices.
+torch.set_num_threads(1)
+
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "gpt_oss")
+
+
+@lru_cache(maxsize=len(FAMILIES))
+def tiny_model(family):
+    """(InternVLForConditionalGeneration, LanguageBackbone), float32, the same weights."""
+    vision = checkpoints.VisionShape(16, 1, 1, 16, "300m", image_size=28)
+    config = checkpoints._make_config(vision, family, checkpoints.make_tokenizer(), 512, False, {})
+    model = checkpoints._make_model(config, seed=0, dtype=torch.float32)
+    return model, make_backbone(model)
+
+
+def make_backbone(model, dtype=torch.float32):
+    text = model.config.text_config.to_dict()
+    built = build_model(text, tie_word_embeddings=False, dtype=dtype, device=torch.device("cpu"))
+    source = {name.replace("model.language_model.", "model."): value for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            parameter.copy_(source[name])
+    return LanguageBackbone(built)
+
+
+def reference_logits(model, token_ids):
+    """[num_tokens, vocab_size] of the undivided model with eager attention."""
+    with torch.inference_mode():
+        model.set_attn_implementation("eager")
+        return model(input_ids=token_ids.unsqueeze(0), use_cache=False).logits[0]

@@ -1,0 +1,421 @@
+"""What arrives is checked, what is reserved comes back, and the engine sees only what is ready."""
+
+import asyncio
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from common.transport.base import receive_frame
+from language_server.feature_image import FeatureLayout, ImageKey
+from language_server.features import FeatureStore
+from protos.frame import FrameHeader, FrameRejected, pack_header, with_checksum
+
+TOKENS, HIDDEN = 4, 3
+TILE_BYTES = TOKENS * HIDDEN * 4
+LAYOUT = FeatureLayout(b"f" * 16, HIDDEN, "float32", TOKENS)
+FLASH = dataclasses.replace(LAYOUT, is_flash=True)
+REQUEST = b"r" * 16
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def make_store(num_tiles=8, layout=LAYOUT, **options):
+    return FeatureStore(layout, num_tiles * TILE_BYTES, **options)
+
+
+def key(name, num_tiles=1):
+    return ImageKey(name.encode().ljust(32, b"."), num_tiles * TOKENS)
+
+
+async def reserve(store, keys, request_id=REQUEST, timeout=1.0, lifetime=60.0):
+    return await store.reserve(request_id, keys, timeout=timeout, lifetime=lifetime)
+
+
+def frame(tiles, *, image=0, first=0, of=None, attempt=0, request_id=REQUEST, **changes):
+    """Header and rows of a frame; ``tiles`` is a number of full tiles or a list of token counts."""
+    sizes = [TOKENS] * tiles if isinstance(tiles, int) else tiles
+    rows = torch.arange(sum(sizes) * HIDDEN, dtype=torch.float32).reshape(-1, HIDDEN) + 1000 * first
+    header = FrameHeader(
+        LAYOUT.fingerprint,
+        request_id,
+        image,
+        attempt,
+        first,
+        of or first + len(sizes),
+        HIDDEN,
+        "float32",
+        tuple(sizes),
+        0,
+    )
+    return with_checksum(dataclasses.replace(header, **changes), rows.numpy()), rows
+
+
+def deliver(store, lease, header, rows, ticket=None):
+    packed = pack_header(header, ticket or lease.missing.get(header.image_index, b"x" * 32))
+    return receive_frame(store, packed, rows.numpy())
+
+
+async def test_tiles_in_any_order_become_a_contiguous_prefix():
+    store = make_store()
+    lease = await reserve(store, [key("a", 3)])
+    late, early = frame(1, first=2, of=3), frame(2, first=0, of=3)
+    assert deliver(store, lease, *late) == "ok"
+    assert store.num_ready_tokens(REQUEST, 0) == 0
+    assert deliver(store, lease, *early) == "ok"
+    assert store.num_ready_tokens(REQUEST, 0) == 12
+    assert lease.is_complete
+    expected = torch.cat([early[1], late[1]])
+    for start in range(12):
+        for stop in range(start + 1, 13):
+            assert torch.equal(store.rows(REQUEST, 0, start, stop), expected[start:stop])
+
+
+async def test_flash_tiles_are_counted_as_they_come():
+    store = make_store(layout=FLASH)
+    lease = await reserve(store, [key("a", 3)])
+    assert deliver(store, lease, *frame([1, 4, 1])) == "ok"
+    assert lease.num_image_tokens == [6]
+    assert store.reserved_bytes == 6 * HIDDEN * 4
+    lease.release()
+    assert (store.reserved_bytes, store.cached_bytes) == (0, 6 * HIDDEN * 4)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "changes"),
+    [
+        ("fingerprint", {"fingerprint": b"g" * 16}),
+        ("unknown_request", {"request_id": b"q" * 16}),
+        ("ticket", {"image_index": 1}),
+        ("dtype", {"dtype": "bfloat16"}),
+        ("shape", {"hidden_size": HIDDEN + 1}),
+        ("shape", {"num_image_tiles": 3}),
+        ("shape", {"tokens_per_tile": (TOKENS, TOKENS - 1)}),
+        ("shape", {"tokens_per_tile": (1, 1)}),
+    ],
+)
+async def test_a_wrong_header_is_refused_before_memory_is_touched(verdict, changes):
+    store = make_store()
+    lease = await reserve(store, [key("a", 2)])
+    header, _ = frame(2, **changes)
+    with pytest.raises(FrameRejected) as caught:
+        store.place(header, pack_header(header, lease.missing[0]))
+    assert caught.value.reason == verdict
+    assert store.num_ready_tokens(REQUEST, 0) == 0
+
+
+async def test_only_the_holder_of_the_ticket_may_write():
+    store = make_store()
+    lease = await reserve(store, [key("a"), key("b")])
+    header, rows = frame(1)
+    assert deliver(store, lease, header, rows, ticket=b"guess" * 6 + b"ab") == "ticket"
+    assert deliver(store, lease, header, rows, ticket=lease.missing[1]) == "ticket"
+    assert deliver(store, lease, header, rows) == "ok"
+
+
+async def test_a_ticket_expires():
+    clock = Clock()
+    store = make_store(clock=clock)
+    lease = await reserve(store, [key("a")], lifetime=5)
+    clock.now += 6
+    assert deliver(store, lease, *frame(1)) == "ticket"
+
+
+async def test_a_damaged_or_broken_payload_is_refused_and_may_come_again():
+    store = make_store()
+    lease = await reserve(store, [key("a")])
+    header, rows = frame(1)
+    assert deliver(store, lease, header, rows + 1) == "checksum"
+    broken = rows.clone()
+    broken[2, 1] = float("nan")
+    assert deliver(store, lease, with_checksum(header, broken.numpy()), broken) == "nonfinite"
+    assert deliver(store, lease, header, rows[:2]) == "size"
+    assert not lease.is_complete
+    assert deliver(store, lease, header, rows) == "ok"
+
+
+async def test_a_ready_tile_is_never_written_again():
+    store = make_store()
+    lease = await reserve(store, [key("a", 3)])
+    first, rows = frame(1, of=3)
+    assert deliver(store, lease, first, rows) == "ok"
+    assert deliver(store, lease, first, rows) == "duplicate"
+    # A second attempt groups the tiles in another way; the first tile keeps its first content.
+    second, others = frame(3, attempt=1)
+    others = others + 7
+    assert deliver(store, lease, with_checksum(second, others.numpy()), others) == "ok"
+    assert torch.equal(store.rows(REQUEST, 0, 0, 12), torch.cat([rows, others[TOKENS:]]))
+
+
+async def test_a_lower_attempt_is_stale_once_a_higher_one_has_begun():
+    store = make_store()
+    lease = await reserve(store, [key("a", 2)])
+    assert deliver(store, lease, *frame(1, of=2, attempt=1)) == "ok"
+    assert deliver(store, lease, *frame(1, first=1, attempt=0)) == "stale"
+    assert deliver(store, lease, *frame(1, of=2, attempt=0)) == "duplicate"
+    assert deliver(store, lease, *frame(1, first=1, attempt=1)) == "ok"
+
+
+async def test_a_late_writer_cannot_touch_what_is_ready():
+    """Two attempts of a tile are under way at once; the slower one finishes writing after the tile is ready."""
+    store = make_store()
+    lease = await reserve(store, [key("a")])
+    slow, rows = frame(1)
+    fast = dataclasses.replace(slow, attempt=1)
+    slow_memory = store.place(slow, pack_header(slow, lease.missing[0]))
+    store.place(fast, pack_header(fast, lease.missing[0]))[:] = memoryview(rows.numpy()).cast("B")
+    store.commit(fast)
+    slow_memory[:] = bytes(len(slow_memory))
+    assert torch.equal(store.rows(REQUEST, 0, 0, TOKENS), rows)
+    with pytest.raises(FrameRejected, match="duplicate"):
+        store.commit(slow)
+
+
+async def test_unfinished_frames_are_bounded():
+    store = make_store()
+    lease = await reserve(store, [key("a")])
+    headers = [frame(1, attempt=attempt)[0] for attempt in range(5)]
+    for header in headers:
+        store.place(header, pack_header(header, lease.missing[0]))
+    with pytest.raises(FrameRejected, match="stale"):
+        store.commit(headers[0])
+
+
+async def test_frames_after_the_end_meet_a_tombstone():
+    store = make_store()
+    lease = await reserve(store, [key("a", 2)])
+    ticket = lease.missing[0]
+    header, rows = frame(1, of=2)
+    store.place(header, pack_header(header, ticket))
+    lease.release()
+    lease.release()
+    with pytest.raises(FrameRejected, match="tombstone"):
+        store.commit(header)
+    assert deliver(store, lease, header, rows, ticket=ticket) == "tombstone"
+
+
+async def test_tombstones_expire():
+    clock = Clock()
+    store = make_store(clock=clock)
+    (await reserve(store, [key("a")])).release()
+    clock.now += 1000
+    (await reserve(store, [key("a")], b"s" * 16)).release()
+    header, _ = frame(1)
+    with pytest.raises(FrameRejected, match="unknown_request"):
+        store.place(header, pack_header(header, b"x" * 32))
+
+
+async def test_equal_images_are_asked_for_once():
+    store = make_store()
+    lease = await reserve(store, [key("a"), key("b"), key("a")])
+    assert sorted(lease.missing) == [0, 1]
+    assert store.reserved_bytes == 2 * TILE_BYTES
+    assert deliver(store, lease, *frame(1)) == "ok"
+    assert store.num_ready_tokens(REQUEST, 2) == TOKENS
+    # An image that is complete serves others while its first user lives, and afterwards.
+    other = await reserve(store, [key("a")], b"s" * 16)
+    assert other.missing == {} and other.is_complete
+    lease.release()
+    other.release()
+    assert (store.reserved_bytes, store.cached_bytes) == (0, TILE_BYTES)
+    again = await reserve(store, [key("b"), key("a")], b"t" * 16)
+    assert sorted(again.missing) == [0]
+
+
+async def test_an_image_under_way_is_not_shared_between_requests():
+    """Its request may be cancelled, and with it the encoding the other would wait for."""
+    store = make_store()
+    first, second = await reserve(store, [key("a")]), await reserve(store, [key("a")], b"s" * 16)
+    assert sorted(second.missing) == [0]
+    assert deliver(store, first, *frame(1)) == "ok"
+    assert deliver(store, second, *frame(1, request_id=b"s" * 16)) == "ok"
+    first.release()
+    second.release()
+    assert (store.reserved_bytes, store.cached_bytes) == (0, TILE_BYTES)
+
+
+async def test_kept_images_give_way_to_new_ones_oldest_first():
+    store = make_store(num_tiles=2)
+    for name in "ab":
+        lease = await reserve(store, [key(name)])
+        deliver(store, lease, *frame(1))
+        lease.release()
+    lease = await reserve(store, [key("c")])
+    assert (store.reserved_bytes, store.cached_bytes) == (TILE_BYTES, TILE_BYTES)
+    lease.release()
+    assert (await reserve(store, [key("b")])).missing == {}
+    assert sorted((await reserve(store, [key("a")], b"s" * 16)).missing) == [0]
+
+
+async def test_reservations_are_all_or_nothing_and_first_come_first_served():
+    store = make_store(num_tiles=4)
+    first = await reserve(store, [key("a", 3)])
+    big = asyncio.create_task(reserve(store, [key("b", 2), key("c", 1)], b"s" * 16))
+    small = asyncio.create_task(reserve(store, [key("d", 1)], b"t" * 16))
+    await asyncio.sleep(0)
+    assert store.num_waiting == 2  # the small one would fit, but is not first
+    first.release()
+    assert sorted((await big).missing) == [0, 1]
+    assert sorted((await small).missing) == [0]
+    assert store.free_bytes == 0
+
+
+async def test_whoever_leaves_the_line_lets_the_next_one_in():
+    store = make_store(num_tiles=4)
+    first = await reserve(store, [key("a", 3)])
+    big = asyncio.create_task(reserve(store, [key("b", 4)], b"s" * 16))
+    small = asyncio.create_task(reserve(store, [key("d", 1)], b"t" * 16))
+    await asyncio.sleep(0)
+    big.cancel()
+    (await small).release()
+    first.release()
+    assert (store.num_waiting, store.reserved_bytes) == (0, 0)
+
+
+async def test_a_grant_in_the_moment_of_leaving_is_given_back():
+    store = make_store(num_tiles=1)
+    first = await reserve(store, [key("a")])
+    waiter = asyncio.create_task(reserve(store, [key("b")], b"s" * 16))
+    await asyncio.sleep(0)
+    first.release()
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert store.reserved_bytes == 0
+
+
+async def test_waiting_for_space_ends():
+    store = make_store(num_tiles=1, max_waiting=1)
+    await reserve(store, [key("a")])
+    waiter = asyncio.create_task(reserve(store, [key("b")], b"s" * 16, timeout=0.01))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await reserve(store, [key("c")], b"t" * 16)
+    with pytest.raises(DeadlineExceeded):
+        await waiter
+    assert store.num_waiting == 0
+
+
+@pytest.mark.parametrize("keys", [[key("a", 9)], [ImageKey(bytes(32), 0)], [ImageKey(bytes(32), TOKENS + 1)]])
+async def test_what_can_never_fit_is_refused(keys):
+    with pytest.raises(InvalidRequest):
+        await reserve(make_store(), keys)
+
+
+async def test_a_request_id_is_used_once_at_a_time():
+    store = make_store()
+    lease = await reserve(store, [key("a")])
+    with pytest.raises(InvalidRequest):
+        await reserve(store, [key("b")])
+    lease.release()
+    await reserve(store, [key("b")])
+
+
+async def test_waiting_for_features_ends():
+    store = make_store()
+    lease = await reserve(store, [key("a", 2)])
+    with pytest.raises(DeadlineExceeded):
+        await lease.wait_complete(0.01)
+    waiter = asyncio.create_task(lease.wait_complete(10))
+    deliver(store, lease, *frame(1, of=2))
+    await asyncio.sleep(0)
+    assert not waiter.done()
+    deliver(store, lease, *frame(1, first=1))
+    await waiter
+
+
+async def test_the_engine_is_told_of_ready_tiles():
+    calls = []
+    store = make_store(on_ready=lambda: calls.append(1))
+    lease = await reserve(store, [key("a")])
+    deliver(store, lease, *frame(1))
+    assert calls == [1]
+
+
+class Accounting(RuleBasedStateMachine):
+    """Any order of reserving, delivering, giving up and ending: the books balance, and end at zero."""
+
+    CAPACITY = 6
+
+    def __init__(self):
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.store = make_store(self.CAPACITY, max_waiting=3)
+        self.open, self.tasks, self.count = {}, {}, 0
+
+    def run(self, coroutine):
+        return self.loop.run_until_complete(coroutine)
+
+    async def settle(self):
+        for _ in range(4):
+            await asyncio.sleep(0)
+        for request_id, task in list(self.tasks.items()):
+            if task.done():
+                del self.tasks[request_id]
+                if not task.cancelled() and task.exception() is None:
+                    self.open[request_id] = task.result()
+
+    @rule(images=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3)), max_size=3))
+    def request(self, images):
+        self.count += 1
+        request_id = self.count.to_bytes(16, "big")
+
+        async def start():
+            keys = [key(f"{name}{tiles}", tiles) for name, tiles in images]
+            self.tasks[request_id] = asyncio.create_task(reserve(self.store, keys, request_id, timeout=100))
+            await self.settle()
+
+        self.run(start())
+
+    @precondition(lambda self: any(lease.missing for lease in self.open.values()))
+    @rule(data=st.data())
+    def deliver(self, data):
+        request_id = data.draw(st.sampled_from([request for request, lease in self.open.items() if lease.missing]))
+        lease = self.open[request_id]
+        image = data.draw(st.sampled_from(sorted(lease.missing)))
+        num_tiles = lease._images[image].num_tiles
+        first = data.draw(st.integers(0, num_tiles - 1))
+        header, rows = frame(1, image=image, first=first, of=num_tiles, request_id=request_id)
+        assert deliver(self.store, lease, header, rows) in ("ok", "duplicate")
+        self.run(self.settle())  # a complete image may be what a waiting request lacked
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def end(self, data):
+        self.open.pop(data.draw(st.sampled_from(sorted(self.open)))).release()
+        self.run(self.settle())
+
+    @precondition(lambda self: self.tasks)
+    @rule(data=st.data())
+    def give_up(self, data):
+        self.tasks[data.draw(st.sampled_from(sorted(self.tasks)))].cancel()
+        self.run(self.settle())
+
+    @invariant()
+    def the_books_balance(self):
+        in_use = {id(image): image for lease in self.open.values() for image in lease._images}
+        assert self.store.reserved_bytes == sum(image.num_bytes for image in in_use.values())
+        assert self.store.reserved_bytes + self.store.cached_bytes <= self.CAPACITY * TILE_BYTES
+        assert self.store.num_waiting == len(self.tasks)
+
+    def teardown(self):
+        for task in self.tasks.values():
+            task.cancel()
+        self.run(self.settle())
+        for lease in self.open.values():
+            lease.release()
+        assert (self.store.reserved_bytes, self.store.num_waiting) == (0, 0)
+        self.loop.close()
+
+
+TestAccounting = Accounting.TestCase
+TestAccounting.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -1,0 +1,470 @@
+"""The server as its neighbours meet it: over gRPC, with features from real senders, against the undivided model."""
+
+import asyncio
+import json
+import os
+import signal
+from typing import Any
+
+import grpc
+import pytest
+
+from common.service import rpc
+from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, from_grpc
+from language_server.__main__ import main, run
+from language_server.engine import LanguageEngine
+from language_server.generation import Generation
+from language_server.server import _nth_port
+from language_server.settings import LanguageSettings
+from protos.frame import FrameRejected
+from protos.language_pb2 import ImageRef
+from protos.language_pb2_grpc import LanguageStub
+from protos.status_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_READY, WatchStatusRequest
+from tests.checkpoints import make_checkpoint
+from tests.language_server.conftest import (
+    eventually,
+    make_request,
+    message,
+    reference_tokens,
+    running_system,
+)
+
+TURNS = [
+    message("user", 0, "what number is written in the picture?"),
+    message("assistant", "the number is 1234"),
+    message("user", "first ", 1, "and second ", 2, "describe the difference"),
+    message("assistant", "there are three triangles"),
+    message("user", "how many shapes are there?"),
+]
+ENDLESS = {"max_tokens": 10000, "ignore_eos": True}
+
+
+async def failure(awaitable):
+    """The error a router would see."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await awaitable
+    return from_grpc(caught.value)
+
+
+async def rest_of(call):
+    """The events that a call still has."""
+    events = []
+    while (event := await call.read()) is not grpc.aio.EOF:
+        events.append(event)
+    return events
+
+
+# --- parity
+
+
+async def test_text_equals_the_undivided_model(system, checkpoint):
+    for text in ("how many shapes are there?", "你好，请描述这张图片。", "def main() -> None: return {}"):
+        reply = await system.generate(make_request(text))
+        expected = reference_tokens(checkpoint, [message("user", text)])
+        assert reply.ids() == expected
+        assert reply.text() == checkpoint.tokenizer.decode(expected, skip_special_tokens=True)
+        assert reply.finished[0].usage.completion_tokens == len(expected)
+        assert not reply.admitted.missing
+
+
+@pytest.mark.parametrize("transport", ["zmq", "grpc"])
+async def test_images_equal_the_undivided_model(start_system, checkpoint, images, transport):
+    async with start_system(transports=(transport,)) as system:
+        request = make_request([message("user", 0, 1, "describe the difference")], images[:2])
+        reply = await system.generate(request, images)
+        assert {endpoint.transport for endpoint in reply.admitted.deliver_to} == {transport}
+        assert reply.ids() == reference_tokens(checkpoint, request.messages, images[:2])
+        usage = reply.finished[0].usage
+        assert usage.image_tokens == 3 * 256
+        assert usage.prompt_tokens == reply.admitted.num_prompt_tokens
+        await system.at_rest()
+
+
+async def test_three_turns_with_three_images(system, checkpoint, images):
+    request = make_request(TURNS, images)
+    reply = await system.generate(request, images)
+    assert reply.ids() == reference_tokens(checkpoint, TURNS, images)
+    again = make_request(TURNS, images)
+    reply = await system.generate(again)
+    assert not reply.admitted.missing  # features are still here
+    assert reply.finished[0].usage.cached_tokens > 256  # and so is their KV
+    assert reply.ids() == reference_tokens(checkpoint, TURNS, images)
+
+
+async def test_github_format_starts_with_its_system_message(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", layout="github", github_config={"system_message": "be brief"})
+    async with running_system(checkpoint, tmp_path) as system:
+        reply = await system.generate(make_request("how many shapes are there?"))
+        messages = [message("system", "be brief"), message("user", "how many shapes are there?")]
+        assert reply.ids() == reference_tokens(checkpoint, messages)
+
+
+async def test_32_requests_at_once_are_not_mixed_up(start_system, checkpoint, images):
+    async with start_system(max_num_seqs=8, feature_bytes=4 * 256 * 1024) as system:
+        requests = [
+            (make_request([message("user", 0, f"describe {index}")], [image]), [image])
+            if index % 2
+            else (make_request(f"what number is {index}?"), [])
+            for index, image in enumerate((*images, images[0]) * 8)
+        ]
+        replies = await asyncio.gather(*(system.generate(request, own) for request, own in requests))
+        for (request, own), reply in zip(requests, replies, strict=True):
+            assert reply.ids() == reference_tokens(checkpoint, request.messages, own)
+        await system.at_rest()
+
+
+# --- what a request may ask for
+
+
+async def test_stop_strings_end_the_text(system, checkpoint):
+    whole = (await system.generate(make_request("describe the image", max_tokens=40))).text()
+    stop = whole[10:13]
+    reply = await system.generate(make_request("describe the image", max_tokens=40, stop=[stop, "never"]))
+    assert reply.text() == whole[: whole.index(stop)]
+    assert reply.finished[0].finish_reason == "stop"
+    assert reply.finished[0].usage.completion_tokens == len(reply.ids()) < 40
+
+
+async def test_stop_token_ids_end_the_text(system):
+    ids = (await system.generate(make_request("describe", ignore_eos=True))).ids()
+    reply = await system.generate(make_request("describe", ignore_eos=True, stop_token_ids=[ids[5]]))
+    assert reply.ids() == ids[: ids.index(ids[5]) + 1]
+    assert reply.finished[0].finish_reason == "stop"
+
+
+async def test_choices_of_one_request(system):
+    sampled = {"temperature": 1.5, "seed": 7, "ignore_eos": True}
+    reply = await system.generate(make_request("describe the image", n=2, **sampled))
+    assert reply.ids(0) != reply.ids(1)
+    assert {finished.finish_reason for finished in reply.finished.values()} == {"length"}
+    alone = await system.generate(make_request("describe the image", **sampled))
+    assert alone.ids() == reply.ids(0)
+
+
+async def test_logprobs(system):
+    reply = await system.generate(make_request("describe", logprobs=True, top_logprobs=3))
+    for token in reply.tokens:
+        assert token.logprob.token_id == token.token_id
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob.logprob)  # greedy
+        assert token.logprob.token_bytes.decode("utf-8", "replace") == token.logprob.text
+    plain = await system.generate(make_request("describe"))
+    assert not plain.tokens[0].HasField("logprob")
+
+
+async def test_a_lost_servers_reply_is_continued(system):
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": 20, "ignore_eos": True}
+    whole = await system.generate(make_request("describe the image", **options))
+    for cut in (1, 7, 19):
+        rest = await system.generate(make_request("describe the image", output_token_ids=whole.ids()[:cut], **options))
+        assert rest.ids() == whole.ids()[cut:]
+        assert [t.text for t in rest.tokens] == [t.text for t in whole.tokens[cut:]]
+        assert rest.finished[0].usage.completion_tokens == 20
+
+
+async def test_a_reply_that_was_already_whole_only_ends(system, checkpoint):
+    whole = await system.generate(make_request("describe the image", max_tokens=5))
+    rest = await system.generate(make_request("describe the image", max_tokens=5, output_token_ids=whole.ids()))
+    assert (rest.ids(), rest.finished[0].finish_reason) == ([], whole.finished[0].finish_reason)
+    stopped = make_request("describe", output_token_ids=[4, checkpoint.tokenizer.eos_token_id])
+    assert (await system.generate(stopped)).finished[0].finish_reason == "stop"
+
+
+async def test_max_tokens_is_what_the_context_holds(start_system):
+    async with start_system(max_model_len=64) as system:
+        reply = await system.generate(make_request("describe", max_tokens=0, ignore_eos=True))
+        usage = reply.finished[0].usage
+        assert usage.prompt_tokens + usage.completion_tokens == 64
+        error = await failure(system.generate(make_request("describe " * 64)))
+        assert (type(error), error.code) == (InvalidRequest, "context_length_exceeded")
+        await system.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        (lambda request: setattr(request, "request_id", b"short"), "request_id"),
+        (lambda request: setattr(request.sampling, "n", 0), "n"),
+        (lambda request: setattr(request.sampling, "n", 1000), "n"),
+        (lambda request: setattr(request.sampling, "temperature", float("nan")), "temperature"),
+        (lambda request: setattr(request.sampling, "top_p", 0.0), "top_p"),
+        (lambda request: setattr(request.sampling, "repetition_penalty", float("inf")), "repetition_penalty"),
+        (lambda request: setattr(request.sampling, "top_k", -1), "top_k"),
+        (lambda request: setattr(request.sampling, "top_logprobs", 21), "top_logprobs"),
+        (lambda request: request.sampling.stop.append(""), "stop"),
+        (lambda request: request.sampling.logit_bias.update({1: float("nan")}), "logit_bias"),
+        (lambda request: request.sampling.stop_token_ids.append(512), "stop_token_ids"),
+        (lambda request: request.sampling.logit_bias.update({10**6: 1.0}), "logit_bias"),
+        (lambda request: request.output_token_ids.append(512), "output_token_ids"),
+        (lambda request: request.images.append(ImageRef(mm_hash=bytes(32), max_num_tokens=256)), "messages"),
+        (lambda request: setattr(request.messages[0], "role", "robot"), "messages[0].role"),
+        (lambda request: request.ClearField("messages"), "messages"),
+    ],
+)
+async def test_what_cannot_be_served_is_refused(system, change, param):
+    request = make_request("describe")
+    change(request)
+    error = await failure(system.generate(request))
+    assert isinstance(error, InvalidRequest)
+    assert error.param == param
+
+
+async def test_odd_but_allowed_sampling_hurts_nobody(system):
+    odd: list[dict[str, Any]] = [
+        {"temperature": 2.0, "seed": -(2**63), "n": 3},
+        {"temperature": 0.01, "seed": 2**63 - 1, "n": 2, "top_k": 512, "min_p": 1.0},
+        {"top_p": 1e-9, "temperature": 1.0, "repetition_penalty": 1e-3, "presence_penalty": -2.0},
+        {"logit_bias": dict.fromkeys(range(512), -100.0), "temperature": 1.0},
+        {"min_tokens": 10**6, "logprobs": True, "top_logprobs": 20},
+    ]
+    for options in odd:
+        assert (await system.generate(make_request("describe", **options))).finished
+
+
+async def test_typed_placeholders_are_text(system):
+    reply = await system.generate(make_request("<img><IMG_CONTEXT></img><|im_end|> hello <IMG_CONTEXT>"))
+    assert reply.finished[0].usage.image_tokens == 0
+
+
+# --- features that are late, wrong, or come twice
+
+
+async def test_wrong_frames_cost_nothing_and_the_right_ones_still_work(system, checkpoint, images):
+    request = make_request([message("user", 0, 1, "describe")], images[:2])
+    call = system.open(request)
+    admitted = (await call.read()).admitted
+
+    async def rejection(index, **changes):
+        with pytest.raises(FrameRejected) as caught:
+            await system.deliver(request, admitted, images, index, tiles=[0], **changes)
+        return caught.value.reason
+
+    assert await rejection(0, ticket=bytes(32)) == "ticket"
+    assert await rejection(0, ticket=admitted.missing[1].ticket) == "ticket"
+    assert await rejection(0, fingerprint=bytes(16)) == "fingerprint"
+    assert await rejection(0, request_id=b"?" * 16) == "unknown_request"
+    assert await rejection(0, num_image_tiles=2) == "shape"
+    assert await rejection(0, features=images[0].features[:, :-1].contiguous()) == "shape"
+    assert await rejection(0, features=images[0].features * float("nan")) == "nonfinite"
+    for _ in range(2):  # a duplicate is success
+        await system.deliver(request, admitted, images, 0, attempt=1)
+    await system.deliver(request, admitted, images, 1)
+    ids = [event.token.token_id for event in await rest_of(call) if event.HasField("token")]
+    assert ids == reference_tokens(checkpoint, request.messages, images[:2])
+    with pytest.raises(FrameRejected, match="tombstone"):
+        await system.deliver(request, admitted, images, 1)
+
+
+async def test_features_that_do_not_come_end_the_request(start_system, images):
+    async with start_system(feature_timeout=0.2) as system:
+        request = make_request([message("user", 1, 0, "describe")], images[:2])
+        call = system.open(request)
+        admitted = (await call.read()).admitted
+        await system.deliver(request, admitted, images, 0)
+        error = await failure(rest_of(call))
+        assert isinstance(error, DeadlineExceeded)
+        await system.at_rest()
+
+
+async def test_text_passes_requests_that_wait_for_features(system, images):
+    waiting = system.open(make_request([message("user", 0, "describe")], images[:1]))
+    await waiting.read()
+    assert (await system.generate(make_request("how many?"))).finished
+    waiting.cancel()
+
+
+# --- leaving
+
+
+async def test_leaving_while_decoding_frees_everything(system):
+    call = system.open(make_request("describe", n=2, **ENDLESS))
+    for _ in range(5):
+        await call.read()
+    assert system.in_use.blocks > 0
+    call.cancel()
+    await system.at_rest()
+
+
+async def test_leaving_while_waiting_for_features_frees_everything(system, images):
+    call = system.open(make_request([message("user", 0, "describe")], images[:1]))
+    await call.read()
+    await eventually(lambda: system.in_use.blocks > 0)  # the text before the image is prefilled
+    assert system.in_use.feature_bytes == images[0].features.nbytes
+    call.cancel()
+    await system.at_rest()
+
+
+async def test_leaving_while_waiting_for_a_reservation_leaves_the_line(start_system, images):
+    async with start_system(feature_bytes=images[0].features.nbytes) as system:
+        first = system.open(make_request([message("user", 0, "describe")], images[:1]))
+        await first.read()
+        second = system.open(make_request([message("user", 0, "describe")], [images[2]]))
+        reading = asyncio.create_task(second.read())
+        await eventually(lambda: system.in_use.waiting_reservations == 1)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await eventually(lambda: system.in_use.waiting_reservations == 0)
+        third_request = make_request([message("user", 0, "describe")], [images[2]])
+        third = asyncio.create_task(system.generate(third_request, [images[2]]))
+        await eventually(lambda: system.in_use.waiting_reservations == 1)
+        first.cancel()
+        assert (await third).finished
+        await system.at_rest()
+
+
+async def test_the_callers_deadline_holds_in_every_stage(system, images):
+    decoding = make_request("describe", **ENDLESS)
+    assert isinstance(await failure(system.generate(decoding, timeout=0.3)), DeadlineExceeded)
+    waiting = make_request([message("user", 0, "describe")], images[:1])
+    assert isinstance(await failure(rest_of(system.open(waiting, timeout=0.3))), DeadlineExceeded)
+
+
+# --- limits
+
+
+async def test_more_than_fits_is_refused_at_once(start_system):
+    async with start_system(max_num_seqs=1, max_num_waiting=2) as system:
+        calls = [system.open(make_request("describe", **ENDLESS)) for _ in range(3)]
+        await asyncio.gather(*(call.read() for call in calls))
+        await eventually(lambda: system.server.engine.num_live == 3)
+        assert isinstance(await failure(system.generate(make_request("describe"))), Overloaded)
+        for call in calls:
+            call.cancel()
+        await system.at_rest()
+        assert (await system.generate(make_request("describe"))).finished
+
+
+async def test_a_slow_reader_loses_its_request_not_our_memory(start_system):
+    async with start_system(max_stream_events=16) as system:
+        backend = system.server._servicer.backend
+        generation = Generation(backend, make_request("describe", **ENDLESS), deadline=float("inf"))
+        events = generation.events()
+        for _ in range(3):
+            await anext(events)
+        await eventually(lambda: system.server.engine.num_live == 0)
+        assert len(generation._inbox) <= 16
+        with pytest.raises(Overloaded, match="too slow"):
+            await anext(events)
+        generation.close()
+        await system.at_rest()
+
+
+async def test_a_request_id_is_not_used_twice(system, images):
+    request = make_request([message("user", 0, "describe")], images[:1])
+    call = system.open(request)
+    await call.read()
+    assert isinstance(await failure(system.generate(request)), InvalidRequest)
+    call.cancel()
+
+
+# --- the server's own life
+
+
+async def test_status_tells_routers_what_they_need(system):
+    call = system.stub.WatchStatus(WatchStatusRequest(router_id="test"), timeout=20)
+    status = await call.read()
+    assert status.state == WORKER_STATE_READY
+    assert (status.model.tokens_per_tile, status.model.vocab_size, status.model.max_model_len) == (256, 512, 16384)
+    assert status.language.total_kv_blocks == status.language.free_kv_blocks > 0
+    assert status.language.free_feature_bytes == 2**22
+    later = await call.read()
+    assert later.progress > status.progress  # also without work
+    call.cancel()
+
+
+async def test_a_draining_server_finishes_what_it_admitted(system):
+    call = system.open(make_request("describe", max_tokens=300, ignore_eos=True))
+    await call.read()
+    drain = asyncio.create_task(system.server.drain())
+    await eventually(lambda: system.server.board.state == WORKER_STATE_DRAINING)
+    error = await failure(system.generate(make_request("describe")))
+    assert (type(error), error.code) == (Unavailable, "draining")
+    events = await rest_of(call)
+    assert events[-1].finished.usage.completion_tokens == 300
+    await drain
+
+
+async def test_when_the_engine_dies_every_request_is_told(start_system, images, monkeypatch):
+    async with start_system() as system:
+        decoding = system.open(make_request("describe", **ENDLESS))
+        waiting = system.open(make_request([message("user", 0, "describe")], images[:1]))
+        for call in (decoding, waiting):
+            await call.read()
+        await eventually(lambda: system.server.engine.num_live == 2)
+
+        def step():
+            raise RuntimeError("device lost")
+
+        monkeypatch.setattr(system.server.engine._engine, "step", step)
+        for call in (decoding, waiting):
+            assert isinstance(await failure(rest_of(call)), Unavailable)
+        assert isinstance(system.server.engine.ended.exception(), RuntimeError)
+        assert isinstance(await failure(system.generate(make_request("describe"))), Unavailable)
+        assert system.in_use.feature_bytes == 0
+
+
+async def start_program(checkpoint, directory):
+    """The program as ``main`` runs it: a task that ends with its exit status, its announcement and its stub."""
+    announce = directory / "announce.json"
+    options = {
+        "model": checkpoint.path,
+        "listen": f"unix:{directory}/s",
+        "feature_listen": f"unix-dir:{directory}/f",
+        "device": "cpu",
+        "kv_cache_bytes": 2**20,
+        "announce": announce,
+    }
+    settings = LanguageSettings(**options)
+    program = asyncio.create_task(run(settings))
+    await eventually(lambda: announce.exists() or program.done())
+    return program, json.loads(announce.read_text())
+
+
+async def test_the_program_announces_itself_serves_and_drains_on_a_signal(checkpoint, tmp_path, capsys):
+    program, said = await start_program(checkpoint, tmp_path)
+    assert (said["role"], said["address"], said["pid"]) == ("language", f"unix:{tmp_path}/s", os.getpid())
+    async with rpc.make_channel(said["address"]) as channel:
+        call = LanguageStub(channel).Generate(make_request("describe", max_tokens=200, ignore_eos=True), timeout=60)
+        await call.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+        events = await rest_of(call)
+    assert events[-1].finished.usage.completion_tokens == 200
+    assert await program == 0
+    assert f"language server ready at unix:{tmp_path}/s" in capsys.readouterr().err
+
+
+async def test_the_program_ends_when_its_engine_dies(checkpoint, tmp_path, monkeypatch):
+    step = LanguageEngine.step
+
+    def fail_on_requests(engine):
+        if any(seq_id >= 0 for seq_id in engine._sequences):  # the warm-up is not one
+            raise RuntimeError("device lost")
+        return step(engine)
+
+    monkeypatch.setattr(LanguageEngine, "step", fail_on_requests)
+    program, said = await start_program(checkpoint, tmp_path)
+    async with rpc.make_channel(said["address"]) as channel:
+        error = await failure(rest_of(LanguageStub(channel).Generate(make_request("describe"), timeout=60)))
+    assert isinstance(error, Unavailable)
+    assert await program == 1
+
+
+def test_what_the_operator_must_change_is_said(checkpoint, tmp_path, capsys):
+    assert main(["--model", str(tmp_path / "nothing")]) == 2
+    assert main(["--modle", str(checkpoint.path)]) == 2
+    assert "--model" in capsys.readouterr().err
+    assert main(["--model", str(checkpoint.path), "--max-model-len", "99999999"]) == 2
+    assert "max_model_len" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("listen", "addresses"),
+    [
+        ("10.0.0.7:0", ["10.0.0.7:0", "10.0.0.7:0"]),
+        ("10.0.0.7:4100", ["10.0.0.7:4100", "10.0.0.7:4101"]),
+        ("unix-dir:/run/dvd:1", ["unix-dir:/run/dvd:1", "unix-dir:/run/dvd:1"]),
+    ],
+)
+def test_every_transport_has_an_address_of_its_own(listen, addresses):
+    assert [_nth_port(listen, index) for index in range(2)] == addresses

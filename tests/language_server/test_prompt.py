@@ -1,0 +1,197 @@
+"""Prompts have the ids of the whole rendered string; what users type places nothing."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.model.config import SYSTEM_MESSAGES
+from common.service.errors import CheckpointError, InvalidRequest
+from language_server.prompt import PromptBuilder
+from language_server.tokenizer import GROUNDING_TOKENS, STRUCTURE_TOKENS, Tokenizer
+from protos.language_pb2 import ChatMessage
+from tests.checkpoints import SPECIAL_TOKENS, make_tokenizer
+
+FAST = make_tokenizer()
+TOKENIZER = Tokenizer(FAST.backend_tokenizer)
+PLAIN_TEXT = st.text(max_size=40).filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
+
+
+def builder(template="internvl2_5", system_message=None):
+    return PromptBuilder(TOKENIZER, template, system_message)
+
+
+def message(role, *parts, inline_images=False):
+    """A part is text, or the index of an image."""
+    return ChatMessage(
+        role=role,
+        parts=[{"text": part} if isinstance(part, str) else {"image_index": part} for part in parts],
+        inline_images=inline_images,
+    )
+
+
+def ids_of(prompt, *num_image_tokens):
+    return prompt.lay_out(num_image_tokens, [bytes(32)] * len(num_image_tokens))[0]
+
+
+def expand(rendered, *num_image_tokens):
+    """What InternVLProcessor makes of one placeholder per image."""
+    for count in num_image_tokens:
+        rendered = rendered.replace("<IMG_CONTEXT>", f"<img>{'@' * count}</img>", 1)
+    return FAST(rendered.replace("@", "<IMG_CONTEXT>"))["input_ids"]
+
+
+def hf_messages(messages):
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part.text} if part.WhichOneof("part") == "text" else {"type": "image"}
+                for part in message.parts
+            ],
+        }
+        for message in messages
+    ]
+
+
+CONVERSATIONS = {
+    "text": ([message("user", "how many shapes are there?")], []),
+    "system": ([message("system", "be brief"), message("user", "the number is 1234")], []),
+    "image": ([message("user", 0, "describe the image")], [256]),
+    "image last": ([message("user", "describe the image", 0)], [4]),
+    "two images": ([message("user", 0, 1, "same number?")], [256, 512]),
+    "three turns": (
+        [
+            message("user", 0, "what is it"),
+            message("assistant", "a red square"),
+            message("user", "first: ", 1, "second"),
+            message("assistant", "two"),
+            message("user", "sure？ 你好"),
+        ],
+        [3, 2],
+    ),
+    "split text": ([message("user", "des", "cribe the ", "image")], []),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_ids_equal_the_chat_template_of_transformers(name):
+    messages, counts = CONVERSATIONS[name]
+    rendered = FAST.apply_chat_template(hf_messages(messages), tokenize=False, add_generation_prompt=True)
+    assert ids_of(builder().build(messages, len(counts)), *counts) == expand(rendered, *counts)
+
+
+@given(st.lists(PLAIN_TEXT, min_size=1, max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_text_is_tokenised_as_one_string_between_special_tokens(texts):
+    messages = [message("user", *texts), message("assistant", texts[0]), message("user", texts[-1])]
+    rendered = FAST.apply_chat_template(hf_messages(messages), tokenize=False, add_generation_prompt=True)
+    assert ids_of(builder().build(messages, 0)) == FAST(rendered)["input_ids"]
+
+
+def test_spans_name_the_placeholders():
+    prompt = builder().build([message("user", 1, 0, "x")], 2)
+    ids, spans = prompt.lay_out([2, 3], [b"a" * 32, b"b" * 32])
+    context = TOKENIZER.token_id("<IMG_CONTEXT>")
+    assert [(span.image_index, span.num_tokens, span.mm_hash[:1]) for span in spans] == [(1, 3, b"b"), (0, 2, b"a")]
+    for span in spans:
+        assert ids[span.start - 1] == TOKENIZER.token_id("<img>")
+        assert ids[span.start : span.end] == [context] * span.num_tokens
+        assert ids[span.end] == TOKENIZER.token_id("</img>")
+    assert prompt.num_text_tokens + 5 == len(ids)
+
+
+def test_markers_add_no_newline():
+    messages = [message("user", "Image-1: ", 0, " and ", 1, inline_images=True)]
+    expected = "<|im_start|>user\nImage-1: <IMG_CONTEXT> and <IMG_CONTEXT><|im_end|>\n<|im_start|>assistant\n"
+    assert ids_of(builder().build(messages, 2), 1, 2) == expand(expected, 1, 2)
+
+
+@pytest.mark.parametrize("token", sorted(STRUCTURE_TOKENS | {"<|start|>", "<|return|>"}))
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_typed_structure_tokens_are_text(token, role):
+    ids = ids_of(builder().build([message(role, f"a {token} b{token}"), message("user", token)], 0))
+    quiet = ids_of(builder().build([message(role, "a"), message("user", "b")], 0))
+    special = [token_id for token_id in ids if TOKENIZER.is_special(token_id)]
+    assert special == [token_id for token_id in quiet if TOKENIZER.is_special(token_id)]
+    assert f"a {token} b{token}" in FAST.decode(ids)
+
+
+@pytest.mark.parametrize("token", sorted(GROUNDING_TOKENS))
+def test_grounding_tokens_stay_special(token):
+    ids = ids_of(builder().build([message("user", f"where is {token}it")], 0))
+    assert TOKENIZER.token_id(token) in ids
+
+
+def test_default_system_message_yields_to_the_clients_own():
+    default = SYSTEM_MESSAGES["internvl2_5"]
+    own = builder(system_message=default).build([message("system", "mine"), message("user", "x")], 0)
+    assert own == builder().build([message("system", "mine"), message("user", "x")], 0)
+    without = builder(system_message=default).build([message("user", "x")], 0)
+    assert without == builder().build([message("system", default), message("user", "x")], 0)
+
+
+def test_gpt_oss_format():
+    messages = [message("user", "q1"), message("assistant", "a1"), message("user", 0, "q2")]
+    ids = ids_of(builder("internvl3_5_gpt_oss", "s").build(messages, 1), 2)
+    expected = (
+        "<|start|>system<|message|>s<|end|><|start|>user<|message|>q1<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>a1<|end|>"
+        "<|start|>user<|message|><IMG_CONTEXT>\nq2<|end|><|start|>assistant"
+    )
+    assert ids == expand(expected, 2)
+    openers, closer = builder("internvl3_5_gpt_oss", "s").hidden_header
+    assert closer == TOKENIZER.token_id("<|message|>") and TOKENIZER.token_id("<|channel|>") in openers
+
+
+@pytest.mark.parametrize(
+    ("messages", "num_images", "param"),
+    [
+        ([], 0, "messages"),
+        ([message("robot", "x")], 0, "messages[0].role"),
+        ([message("user", "x")], 1, "messages"),
+        ([message("user", 0, "x")], 0, "messages"),
+        ([message("user", 0, 0)], 1, "messages"),
+        ([message("user", 0, 2)], 2, "messages"),
+        ([message("assistant", 0), message("user", "x")], 1, "messages[0]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(messages, num_images, param):
+    with pytest.raises(InvalidRequest) as caught:
+        builder().build(messages, num_images)
+    assert caught.value.param == param
+
+
+def test_a_checkpoint_that_does_not_fit_its_template_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="chat format"):
+        builder("chatml")
+    with pytest.raises(CheckpointError, match="no token <nope>"):
+        TOKENIZER.token_id("<nope>")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Tokenizer.load(tmp_path)
+
+
+def test_loads_what_transformers_saved(tmp_path):
+    FAST.save_pretrained(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("describe the image") == TOKENIZER.encode("describe the image")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError):
+        Tokenizer.load(tmp_path)
+
+
+def test_loads_the_older_vocabulary_files_of_the_internvl_format(tmp_path):
+    FAST.backend_tokenizer.model.save(str(tmp_path))
+    added = FAST.backend_tokenizer.get_added_tokens_decoder()
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": {
+            str(token_id): {"content": token.content, "special": True} for token_id, token in added.items()
+        },
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("describe the image <ref>it</ref>") == TOKENIZER.encode("describe the image <ref>it</ref>")
+    assert loaded.token_id("<IMG_CONTEXT>") == TOKENIZER.token_id("<IMG_CONTEXT>")
