@@ -21,7 +21,7 @@ protos: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy protos common vision_server language_server router deploy tests
+	$(BIN)/mypy protos common vision_server language_server router deploy benchmarks tests
 	$(BIN)/codespell
 
 test: $(STAMP)
@@ -31,7 +31,7 @@ demo: $(STAMP)
 	$(BIN)/dvd demo
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks latency --results benchmarks/results
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

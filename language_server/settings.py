@@ -40,7 +40,7 @@ class LanguageSettings(ServerSettings):
         0.85, gt=0, lt=1, description="share of the GPU memory left beside the weights that KV takes by default"
     )
     feature_bytes: int = Field(2**30, ge=1, description="memory for image features, those kept for reuse included")
-    feature_timeout: float = Field(60.0, gt=0, description="seconds without a new tile after which a request fails")
+    feature_timeout: float = Field(600.0, gt=0, description="seconds without a new tile after which a request fails")
     request_timeout: float = Field(600.0, gt=0, description="seconds for a request whose caller sets no deadline")
     max_stream_events: int = Field(1024, ge=16, description="tokens held for a slow reader before its request ends")
     threads: int | None = Field(None, ge=1, description="CPU threads of one step; default: torch's choice")

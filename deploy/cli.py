@@ -1,0 +1,180 @@
+"""``dvd``: one command, one subcommand per program. Everything heavy is imported by the subcommand that needs it."""
+
+import difflib
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from types import UnionType
+from typing import Any, Final, get_args
+
+from common.service.errors import ConfigError, DvdError, StartupError
+from common.service.settings import Settings, check_environment
+from deploy import settings as options
+
+_DISTRIBUTION = "dvd-serve"
+_USAGE_STATUS = 2
+
+Command = Callable[[Sequence[str]], int | None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status: 0 done, 1 failed, 2 asked for something impossible."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except StartupError as error:
+        print(f"dvd: error: {error}", file=sys.stderr)
+        return _USAGE_STATUS
+    except DvdError as error:
+        print(f"dvd: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # what a shell reports for a command ended by Ctrl-C
+
+
+def _run(arguments: list[str]) -> int:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("--help", "-h"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"dvd {version(_DISTRIBUTION)}")
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name[:64]}{_nearest(name)}; see dvd --help")
+    check_environment([*options.PROGRAMS.values(), *_OWN_SETTINGS])
+    return COMMANDS[name][0](rest) or 0
+
+
+def _serve(argv: Sequence[str]) -> int:
+    settings = options.ServeSettings.load(model_first(options.ServeSettings, argv))
+    from deploy.local import serve
+
+    return serve(settings)
+
+
+def _vision(argv: Sequence[str]) -> int | None:
+    from vision_server.__main__ import main as run
+
+    return run(_resolved(options.PROGRAMS["vision"], argv))
+
+
+def _language(argv: Sequence[str]) -> int | None:
+    from language_server.__main__ import main as run
+
+    return run(_resolved(options.PROGRAMS["language"], argv))
+
+
+def _router(argv: Sequence[str]) -> int | None:
+    from router.__main__ import main as run
+
+    return run(list(argv))
+
+
+def _chat(argv: Sequence[str]) -> int:
+    from deploy.chat import main as run
+
+    _exit_on_sigterm()
+    return run(options.ChatSettings.load(model_first(options.ChatSettings, argv)))
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from deploy.doctor import main as run
+
+    return run(options.DoctorSettings.load(model_first(options.DoctorSettings, argv)))
+
+
+def _demo(argv: Sequence[str]) -> int:
+    from deploy.demo import main as run
+
+    _exit_on_sigterm()
+    return run(options.DemoSettings.load(argv))
+
+
+def _exit_on_sigterm() -> None:
+    """Unwind the stack, so that servers are stopped and directories removed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
+    "serve": (_serve, "MODEL: vision, language and router on this machine"),
+    "vision": (_vision, "MODEL: one vision server"),
+    "language": (_language, "MODEL: one language server"),
+    "router": (_router, "the OpenAI-compatible gateway"),
+    "chat": (_chat, "[MODEL]: chat in the terminal, with images"),
+    "doctor": (_doctor, "[MODEL]: can this machine run it?"),
+    "demo": (_demo, "serve the nano model, ask about three pictures, stop"),
+}
+_OWN_SETTINGS: Final[tuple[type[Settings], ...]] = (
+    options.ServeSettings,
+    options.ChatSettings,
+    options.DoctorSettings,
+    options.DemoSettings,
+)
+
+
+def model_first(declared: type[Settings], argv: Sequence[str]) -> list[str]:
+    """``MODEL --flag ...`` in any order as flags only: the one bare word becomes ``--model``.
+
+    Two bare words are left as they are: ``Settings.load`` knows whether one of them is the value of a misspelt flag.
+    """
+    flags, words = _split(declared, argv)
+    return [f"--model={words[0]}", *flags] if len(words) == 1 else [*flags, *words]
+
+
+def _resolved(declared: type[Settings], argv: Sequence[str]) -> list[str]:
+    """The same for a program that only knows directories: ``nano`` is replaced."""
+    flags = model_first(declared, argv)
+    nano = f"--model={options.model_directory(options.NANO)}"
+    return [nano if flag == f"--model={options.NANO}" else flag for flag in flags]
+
+
+def _split(declared: type[Settings], argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    flags: list[str] = []
+    words: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        if not argument.startswith("-"):
+            words.append(argument)
+        elif "=" in argument or not _takes_value(declared, argument):
+            flags.append(argument)
+        else:
+            value = next(rest, None)
+            flags.append(argument if value is None else f"{argument}={value}")
+    return flags, words
+
+
+def _takes_value(declared: type[Settings], flag: str) -> bool:
+    """False also for what is unknown: ``Settings.load`` names it."""
+    field = declared.model_fields.get(flag.removeprefix("--").replace("-", "_"))
+    return field is not None and not _is_switch(field.annotation)
+
+
+def _is_switch(annotation: Any) -> bool:
+    return annotation is bool or (isinstance(annotation, UnionType) and bool in get_args(annotation))
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dvd COMMAND [options]",
+            "",
+            "Decoupled vision-language serving: InternVL3.5 with vision and language on separate servers.",
+            "",
+            *lines,
+            "",
+            "dvd COMMAND --help lists its options; each is also a DVD_* variable and a key of --config FILE.",
+            "MODEL is a directory with a checkpoint, or `nano` for the small one that comes with DvD.",
+        ]
+    )
+
+
+def _nearest(name: str) -> str:
+    match = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""One server program as a child process: started, listened to, stopped. Knows nothing of models or requests."""
+
+import codecs
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import tty
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.service.announce import Announcement
+from common.service.settings import ENV_PREFIX
+
+Echo = Callable[[str], None]
+"""Takes what the servers write to stderr: a piece of text that ends a line or redraws one (carriage return)."""
+
+_TAIL_LINES = 20
+_READ_BYTES = 65536
+_PIECE_END = re.compile(r"(?<=[\r\n])")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """What to start, and how. ``cores`` empty: all."""
+
+    name: str
+    module: str
+    args: Sequence[str]
+    announce: Path
+    cores: Sequence[int] = ()
+
+
+class ServerProcess:
+    """A started program. Its stderr is read to the end, so that it never blocks on us; the last lines are kept.
+
+    Must be started from a thread that lives as long as the deployment: Linux ends the child with the thread it came
+    from (``deploy.launch``).
+    """
+
+    def __init__(self, spec: ProcessSpec, echo: Echo) -> None:
+        self.spec = spec
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        reader, writer = _stderr_pair()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.launch", *_launch_arguments(spec)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # a router says "ready at" there; its parent says it for all
+                stderr=writer,
+                env=_environment(),
+                # Ctrl-C on the terminal reaches the parent only, which stops the servers in their order.
+                # A group, not a session: Linux weighs priorities between sessions only as wholes (autogroup), so a nice
+                # vision server in a session of its own would get as much of a busy core as the language server.
+                process_group=0,
+            )
+        finally:
+            os.close(writer)
+        self._pump = threading.Thread(target=self._read_stderr, args=(reader, echo), name=f"stderr of {spec.name}")
+        self._pump.daemon = True
+        self._pump.start()
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_status(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+        return self._process.poll()
+
+    def announcement(self) -> Announcement | None:
+        """None until the program is ready."""
+        return Announcement.read(self.spec.announce)
+
+    def failure(self) -> str:
+        """One line for the operator: how the program ended, and the last thing it said."""
+        self._pump.join(timeout=1)
+        status = self.exit_status()
+        how = f"status {status}" if status is None or status >= 0 else f"signal {_signal_name(-status)}"
+        reason = next((line for line in reversed(self._tail) if line.strip()), "it said nothing")
+        return f"{self.name} ended with {how}: {reason.strip()}"
+
+    def tail(self) -> list[str]:
+        """Its last lines on stderr."""
+        return list(self._tail)
+
+    def terminate(self) -> None:
+        """Ask it to drain. Harmless when it has ended."""
+        self._process.terminate()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ended in time."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it now, and collect it."""
+        self._process.kill()
+        self._process.wait()
+        self._pump.join(timeout=1)
+
+    def _read_stderr(self, reader: int, echo: Echo) -> None:
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        rest = ""
+        with open(reader, "rb", buffering=0) as stream, contextlib.suppress(OSError):  # a closed pty reads as EIO
+            while chunk := stream.read(_READ_BYTES):
+                *pieces, rest = _PIECE_END.split(rest + decode(chunk))
+                for piece in pieces:
+                    self._keep(piece, echo)
+        if rest:
+            self._keep(rest + "\n", echo)
+
+    def _keep(self, piece: str, echo: Echo) -> None:
+        if piece.endswith("\n"):
+            self._tail.append(piece.rstrip())
+        echo(piece)
+
+
+def _stderr_pair() -> tuple[int, int]:
+    """Where we read and where the child writes. A terminal for a terminal, so that progress bars draw themselves."""
+    if not sys.stderr.isatty():
+        return os.pipe()
+    reader, writer = os.openpty()
+    tty.setraw(writer)
+    return reader, writer
+
+
+def _launch_arguments(spec: ProcessSpec) -> list[str]:
+    cores = ",".join(str(core) for core in spec.cores)
+    return [str(os.getpid()), cores, spec.module, *spec.args]
+
+
+def _environment() -> dict[str, str]:
+    """Ours without ``DVD_*``: those were read by the parent, which passes on what each program needs."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

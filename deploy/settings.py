@@ -1,0 +1,168 @@
+"""Options of the commands that are not a server program themselves. Imports the programs' settings, never torch."""
+
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
+
+from pydantic import BeforeValidator, SecretStr, create_model
+
+from common.service.errors import ConfigError
+from common.service.settings import Field, Settings
+from language_server.settings import LanguageSettings
+from router.settings import RouterSettings
+from vision_server.settings import VisionSettings
+
+PROGRAMS: Final[dict[str, type[Settings]]] = {
+    "vision": VisionSettings,
+    "language": LanguageSettings,
+    "router": RouterSettings,
+}
+NANO = "nano"
+_NANO_DIRECTORY = Path(__file__).parent / "nano"
+
+# What `dvd serve` decides itself for each program.
+PLACED: Final = frozenset(
+    {
+        *("config", "dump_config", "announce", "name", "listen", "feature_listen", "uds", "vision", "language"),
+        *("model", "served_model_name", "nice"),
+    }
+)
+
+
+def model_directory(model: str) -> Path:
+    """Where a model's files are: ``nano`` is the one that comes with DvD, anything else a directory.
+
+    Raises:
+        ConfigError: there is no such directory, or it holds no model.
+    """
+    directory = _NANO_DIRECTORY if model == NANO else Path(model)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"model {model}: no such directory; download the checkpoint first and name its directory, or say {NANO}"
+        )
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model {model}: no config.json in this directory")
+    return directory.resolve()
+
+
+def parse_cores(value: object) -> object:
+    """``0-3,8`` or ``["0-3", "8"]`` as the cores it means; other values are left for pydantic to refuse."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        return value
+    return [core for part in parts for core in _core_range(str(part))]
+
+
+def _core_range(part: str) -> range:
+    first, dash, last = part.strip().partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ValueError("expected cores such as 0-3,8")
+    return range(int(first), int(last or first) + 1)
+
+
+Cores = Annotated[list[int], BeforeValidator(parse_cores)]
+
+
+class _ServeOptions(Settings):
+    """Vision servers, language servers and a router on this machine. Also takes every option of the three programs."""
+
+    program: ClassVar[str] = "dvd serve"
+
+    model: str = Field(description="directory of the checkpoint, or `nano` for the one that comes with DvD")
+    served_model_name: list[str] = Field(
+        [], description="names clients may ask for, the first is shown; default: the directory's name"
+    )
+    vision_servers: int = Field(1, ge=1, le=64, description="vision servers to start")
+    language_servers: int = Field(1, ge=1, le=64, description="language servers to start")
+    device: str = Field("auto", description="of both tiers: auto, cpu, cuda, cuda:1, ...")
+    vision_devices: list[str] = Field([], description="devices the vision servers take in turn, instead of --device")
+    language_devices: list[str] = Field([], description="devices the language servers take in turn")
+    vision_cores: Cores = Field([], description="cores of the vision servers, such as 0-3; unset: all")
+    language_cores: Cores = Field([], description="cores of the language servers; unset: all")
+    vision_nice: int | None = Field(
+        None,
+        ge=0,
+        le=19,
+        description="OS priority of the vision servers; unset: 19 on a CPU, so that decode comes first",
+    )
+    startup_timeout: float = Field(1800.0, gt=0, description="seconds until everything must be ready")
+    shutdown_timeout: float = Field(60.0, gt=0, description="seconds running requests get to end on shutdown")
+
+    @property
+    def model_names(self) -> list[str]:
+        """At least one; the first is what clients see."""
+        return self.served_model_name or [model_directory(self.model).name]
+
+
+def _options_of_programs() -> dict[str, Any]:
+    """Every option of the three programs but what ``dvd serve`` decides: what they may be told, it may be told."""
+    options: dict[str, Any] = {}
+    for program, declared in PROGRAMS.items():
+        for name, field in declared.model_fields.items():
+            if name in PLACED or name in _ServeOptions.model_fields or name in options:
+                continue
+            shared = [other for other, its in PROGRAMS.items() if name in its.model_fields]
+            marked = copy(field)
+            marked.description = f"{field.description} [{', '.join(shared) or program}]"
+            options[name] = (field.annotation, marked)
+    return options
+
+
+if TYPE_CHECKING:
+
+    class ServeSettings(_ServeOptions):
+        """What the class below is: also all options of the programs."""
+
+        def __init__(self, **values: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    ServeSettings = create_model(
+        "ServeSettings", __base__=_ServeOptions, __doc__=_ServeOptions.__doc__, **_options_of_programs()
+    )
+
+
+def options_of(program: str, settings: ServeSettings) -> dict[str, Any]:
+    """What ``settings`` says to one program, ready for its options file; what they do not say keeps its default."""
+    said = settings.model_fields_set - PLACED
+    names = [name for name in PROGRAMS[program].model_fields if name in said]
+    return {name: _plain(getattr(settings, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """As YAML can say it. Secrets are revealed: the file is private."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+class ChatSettings(Settings):
+    """Chat in the terminal, with images. Asks a running server, or starts MODEL on this machine first."""
+
+    program: ClassVar[str] = "dvd chat"
+
+    model: str | None = Field(
+        None, description="start this model here (a directory, or `nano`) instead of asking --url"
+    )
+    url: str = Field("http://127.0.0.1:8000", description="server to ask")
+    api_key: SecretStr = Field(SecretStr(""), description="bearer token of the server")
+    system: str | None = Field(None, description="system message")
+    max_tokens: int | None = Field(None, ge=1, description="longest answer in tokens; unset: what the context holds")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; unset: the model's value")
+
+
+class DoctorSettings(Settings):
+    """Report whether this machine can run DvD, and MODEL if one is named. Exit status 1 when it cannot."""
+
+    program: ClassVar[str] = "dvd doctor"
+
+    model: str | None = Field(None, description="directory of a checkpoint to check, or `nano`")
+
+
+class DemoSettings(Settings):
+    """Serve the nano checkpoint, ask about three pictures, stop. Exit status 1 when an answer is wrong."""
+
+    program: ClassVar[str] = "dvd demo"
+
+    verbose: bool = Field(False, description="show what the servers log")
