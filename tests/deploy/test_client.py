@@ -17,7 +17,7 @@ def test_pieces_come_in_order_and_the_whole_is_kept():
     with ScriptedServer([saying("four", "", "ty")]).running() as server, ChatClient(server.url, "secret") as client:
         assert client.models() == ["scripted"]
         assert list(client.stream(QUESTION, temperature=0, max_tokens=None)) == ["four", "ty"]
-        assert client.last == Answer("fourty", "stop", {})
+        assert client.last == Answer("forty", "stop", {})
     assert server.requests == [{"messages": QUESTION, "stream": True, "temperature": 0, "max_tokens": None}]
     assert server.keys == ["Bearer secret"]
     with ScriptedServer([saying("x", metrics=metrics)]).running() as server, ChatClient(server.url) as client:

@@ -20,8 +20,8 @@ from deploy.settings import ServeSettings, model_directory
 
 @contextmanager
 def serve(model: str, **options: Any) -> Iterator[LocalDeployment]:
-    """A system that answers; everything is gone when the block ends."""
-    with LocalDeployment(ServeSettings(model=str(model_directory(model)), port=0, **options)) as deployment:
+    """A system that answers; everything is gone when the block ends. One thread a server: tests run beside tests."""
+    with LocalDeployment(ServeSettings(model=str(model_directory(model)), port=0, threads=1, **options)) as deployment:
         yield deployment
 
 

@@ -45,19 +45,19 @@ def message(turn: Turn) -> dict:
     return user(turn.text, *(data_url(image) for image in turn.images))
 
 
-# Odd head counts, both ViT styles, all three layouts on disk, both transports.
+# Odd head counts, both ViT styles, all three layouts on disk, both transports; seeds whose replies are not monotonous.
 CASES = {
-    "github 300M qwen3 zmq": ("github", VISION_300M, "qwen3", "zmq", 1),
-    "hf 6B qwen2 grpc sharded": ("hf", VISION_6B, "qwen2", "grpc", 3),
-    "legacy 300M moe zmq sharded": ("hf_legacy", VISION_300M, "qwen3_moe", "zmq", 2),
+    "github 300M qwen3 zmq": ("github", VISION_300M, "qwen3", "zmq", 1, 7),
+    "hf 6B qwen2 grpc sharded": ("hf", VISION_6B, "qwen2", "grpc", 3, 11),
+    "legacy 300M moe zmq sharded": ("hf_legacy", VISION_300M, "qwen3_moe", "zmq", 2, 7),
 }
 
 
 @pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
 def system(request, tmp_path_factory):
-    layout, vision, text, transport, shards = request.param
+    layout, vision, text, transport, shards, seed = request.param
     path = tmp_path_factory.mktemp("checkpoint")
-    checkpoint = make_checkpoint(path, layout=layout, vision=vision, text=text, shards=shards, seed=7)
+    checkpoint = make_checkpoint(path, layout=layout, vision=vision, text=text, shards=shards, seed=seed)
     default = (
         "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
     )
