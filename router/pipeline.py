@@ -13,9 +13,9 @@ from typing import Final, Protocol
 from common.service import metrics
 from common.service.errors import DeadlineExceeded, DvdError, InternalError, InvalidRequest, Overloaded, Unavailable
 from protos.language_pb2 import Admitted, Finished, GenerateEvent, GenerateRequest, ImageTicket, Token
-from protos.vision_pb2 import EncodeReply, EncodeRequest, TilingOptions
+from protos.vision_pb2 import EncodeRequest, TilingOptions
 from router.record import Deadline, RequestRecord
-from router.workers import Fleet, LanguageWorker, VisionWorker
+from router.workers import Fleet, LanguageWorker
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Pipeline:
             tried.add(vision.address)
             record.encode_attempts += 1
             try:
-                record.encoded.append(await self._encode_on(vision, call, image, request.deadline))
+                record.encoded.append(await vision.encode(call, image.num_tiles, request.deadline.remaining()))
                 return
             except InvalidRequest as error:
                 raise InvalidRequest(error.message, code=error.code, param=image.param) from None
@@ -157,12 +157,6 @@ class Pipeline:
         if not record.has_first_token:
             raise failure
         # A token needs the whole prompt: the features had arrived, only the reply that says so was lost.
-
-    async def _encode_on(
-        self, vision: VisionWorker, call: EncodeRequest, image: ImageInput, deadline: Deadline
-    ) -> EncodeReply:
-        with self._fleet.holding(image.mm_hash, vision):
-            return await vision.encode(call, image.num_tiles, deadline.remaining())
 
 
 async def _wait_admitted(events: AsyncIterator[GenerateEvent]) -> Admitted:

@@ -19,22 +19,19 @@ def pick_language(request_id: bytes, loads: Mapping[str, int]) -> str | None:
     return min(loads, key=lambda name: (loads[name], _rank(request_id, name)), default=None)
 
 
-def pick_vision(mm_hash: bytes, loads: Mapping[str, int], holder: str | None = None) -> str | None:
+def pick_vision(mm_hash: bytes, loads: Mapping[str, int]) -> str | None:
     """The server on which this image probably is or soon will be, unless it is overloaded.
 
     Args:
-        mm_hash: identity of the image; equal images meet, so that they are encoded once.
+        mm_hash: identity of the image; equal images meet, where a server can know them again.
         loads: tiles each server still has to encode.
-        holder: the server that is encoding an equal image right now, if any; the second one costs it nothing.
 
     Returns:
-        ``holder`` if it is among ``loads``; else the first server in the image's own order (rendezvous hashing) whose
-        load is at most ``LOAD_BOUND`` times the mean. The least loaded server always qualifies. None without servers.
+        The first server in the image's own order (rendezvous hashing) whose load is at most ``LOAD_BOUND`` times the
+        mean. The least loaded server always qualifies. None without servers.
     """
     if not loads:
         return None
-    if holder in loads:
-        return holder
     bound = LOAD_BOUND * Fraction(sum(loads.values()), len(loads))
     return min((name for name in loads if loads[name] <= bound), key=lambda name: _rank(mm_hash, name))
 

@@ -180,7 +180,6 @@ class Fleet:
         self.language = [LanguageWorker(address) for address in language]
         self.fingerprint: bytes | None = None
         self.model: ModelInfo | None = None  # last known, so that /v1/models answers without any server
-        self._holders: dict[bytes, tuple[str, int]] = {}  # mm_hash -> (vision server at work on it, number of calls)
         self._watchers: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
 
@@ -234,24 +233,8 @@ class Fleet:
         """A usable vision server not named in ``exclude``, the one on which equal images meet."""
         candidates = _usable(self.vision, exclude)
         loads = {name: worker.total_load for name, worker in candidates.items()}
-        holder, _ = self._holders.get(mm_hash, (None, 0))
-        chosen = policy.pick_vision(mm_hash, loads, holder)
+        chosen = policy.pick_vision(mm_hash, loads)
         return None if chosen is None else candidates[chosen]
-
-    @contextmanager
-    def holding(self, mm_hash: bytes, worker: VisionWorker) -> Iterator[None]:
-        """While inside, equal images go to ``worker``, which encodes them once."""
-        address, count = self._holders.get(mm_hash, (worker.address, 0))
-        if address != worker.address:
-            yield
-            return
-        self._holders[mm_hash] = (address, count + 1)
-        try:
-            yield
-        finally:
-            _, count = self._holders.pop(mm_hash)
-            if count > 1:
-                self._holders[mm_hash] = (address, count - 1)
 
     async def _watch(self, worker: Worker) -> None:
         backoff = _FIRST_BACKOFF_SECONDS

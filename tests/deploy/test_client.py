@@ -14,9 +14,9 @@ QUESTION = [user_message("hello")]
 
 def test_pieces_come_in_order_and_the_whole_is_kept():
     metrics = {"dvd": {"total_ms": 1.0}}
-    with ScriptedServer([saying("four", "", "ty")]).running() as server, ChatClient(server.url, "secret") as client:
+    with ScriptedServer([saying("for", "", "ty")]).running() as server, ChatClient(server.url, "secret") as client:
         assert client.models() == ["scripted"]
-        assert list(client.stream(QUESTION, temperature=0, max_tokens=None)) == ["four", "ty"]
+        assert list(client.stream(QUESTION, temperature=0, max_tokens=None)) == ["for", "ty"]
         assert client.last == Answer("forty", "stop", {})
     assert server.requests == [{"messages": QUESTION, "stream": True, "temperature": 0, "max_tokens": None}]
     assert server.keys == ["Bearer secret"]
