@@ -25,7 +25,7 @@ def serve(model: str, **options: Any) -> Iterator[LocalDeployment]:
         yield deployment
 
 
-@pytest.fixture(scope="module", params=["zmq", "grpc"])
+@pytest.fixture(scope="session", params=["zmq", "grpc"])
 def nano(request) -> Iterator[LocalDeployment]:
     """The embedded checkpoint, once over each transport."""
     with serve("nano", transports=[request.param], enable_per_request_metrics=True) as deployment:

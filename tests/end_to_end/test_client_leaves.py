@@ -39,7 +39,7 @@ async def eventually_nothing_is_held(nano) -> None:
 
 
 def kv_in_use(nano) -> float:
-    return scrape(nano.metrics_addresses["language-0"])["dvd_language_kv_cache_usage_ratio"]
+    return scrape(nano.metrics_addresses["language"])["dvd_language_kv_cache_usage_ratio"]
 
 
 def noise(side: int) -> Image.Image:

@@ -23,7 +23,7 @@ def ask(sample) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def readable_numbers():
     """Pictures of 64 different four-digit numbers that the undivided model reads: 97 % of all, and the test is about
     the system, not about the other 3 %."""
