@@ -1,6 +1,7 @@
 """``dvd``: one command, one subcommand per program. Everything heavy is imported by the subcommand that needs it."""
 
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -54,13 +55,23 @@ def _serve(argv: Sequence[str]) -> int:
     return serve(settings)
 
 
+def _set_openmp_defaults() -> None:
+    """As for the children of ``dvd serve``. Before torch is imported: OpenMP looks once."""
+    from deploy.process import OPENMP_DEFAULTS
+
+    for name, value in OPENMP_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
 def _vision(argv: Sequence[str]) -> int | None:
+    _set_openmp_defaults()
     from vision_server.__main__ import main as run
 
     return run(_resolved(options.PROGRAMS["vision"], argv))
 
 
 def _language(argv: Sequence[str]) -> int | None:
+    _set_openmp_defaults()
     from language_server.__main__ import main as run
 
     return run(_resolved(options.PROGRAMS["language"], argv))

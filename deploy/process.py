@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from common.service.announce import Announcement
 from common.service.settings import ENV_PREFIX
@@ -20,6 +21,9 @@ from common.service.settings import ENV_PREFIX
 Echo = Callable[[str], None]
 """Takes what the servers write to stderr: a piece of text that ends a line or redraws one (carriage return)."""
 
+# Servers share the cores of a machine without a GPU. OpenMP threads that wait by spinning keep off a core the very thread
+# they wait for: 50 times slower on a busy machine (docs/decisions.md).
+OPENMP_DEFAULTS: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
 _TAIL_LINES = 20
 _READ_BYTES = 65536
 _PIECE_END = re.compile(r"(?<=[\r\n])")
@@ -144,7 +148,8 @@ def _launch_arguments(spec: ProcessSpec) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Ours without ``DVD_*``: those were read by the parent, which passes on what each program needs."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    return OPENMP_DEFAULTS | ours
 
 
 def _signal_name(number: int) -> str:
