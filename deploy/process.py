@@ -21,8 +21,8 @@ from common.service.settings import ENV_PREFIX
 Echo = Callable[[str], None]
 """Takes what the servers write to stderr: a piece of text that ends a line or redraws one (carriage return)."""
 
-# Servers share the cores of a machine without a GPU. OpenMP threads that wait by spinning keep off a core the very thread
-# they wait for: 50 times slower on a busy machine (docs/decisions.md).
+# Servers share the cores of a machine without a GPU. OpenMP threads that wait by spinning keep off a core the very
+# thread they wait for: 50 times slower on a busy machine (docs/decisions.md).
 OPENMP_DEFAULTS: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
 _TAIL_LINES = 20
 _READ_BYTES = 65536

@@ -38,6 +38,7 @@ WorkerT = TypeVar("WorkerT", bound="Worker")
 
 HEARTBEAT_TIMEOUT_SECONDS: Final = 3.0
 """A worker sends a status every second; without any for this long it is ejected (RELIABILITY.md section 4)."""
+_HEARTBEAT_SLICES: Final = 6
 _FIRST_BACKOFF_SECONDS: Final = 0.1
 _MAX_BACKOFF_SECONDS: Final = 2.0
 
@@ -86,8 +87,7 @@ class Worker:
         call = self._stub.WatchStatus(WatchStatusRequest(router_id="router"))
         try:
             while True:
-                async with asyncio.timeout(HEARTBEAT_TIMEOUT_SECONDS):
-                    status = await call.read()
+                status = await _read_within(call, HEARTBEAT_TIMEOUT_SECONDS)
                 if status is grpc.aio.EOF:
                     raise Unavailable("the status stream was closed", code="closed")
                 yield status
@@ -170,6 +170,23 @@ class LanguageWorker(Worker):
 
     def _reported_load(self) -> int:
         return 0 if self.status is None else self.status.language.num_running + self.status.language.num_waiting
+
+
+async def _read_within(call: Any, seconds: float) -> Any:
+    """The next message. Raises TimeoutError after ``seconds`` of silence.
+
+    Waits in slices: when this process itself was stopped for a while (a loaded machine, a suspended one), the timer of
+    one slice runs out at once, but the messages that came meanwhile are read in the next. No peer is blamed for it.
+    """
+    reading = asyncio.ensure_future(call.read())
+    try:
+        for _ in range(_HEARTBEAT_SLICES):
+            await asyncio.wait({reading}, timeout=seconds / _HEARTBEAT_SLICES)
+            if reading.done():
+                return reading.result()
+        raise TimeoutError
+    finally:
+        reading.cancel()
 
 
 class Fleet:

@@ -260,18 +260,26 @@ async def test_another_checkpoint_gets_no_work(caplog):
         await system.until(lambda: not system.router.fleet.vision[1].is_refused)
 
 
-async def test_equal_images_meet_on_one_server():
+async def test_equal_images_meet_on_one_server_while_it_is_not_busy():
     async with running_system(num_vision=3) as system:
+        for _ in range(4):
+            assert (await system.chat(messages=[user(png())])).status_code == 200
+        assert sorted(vision.at_encode.num_entered for vision in system.visions) == [0, 0, 4]
+
+
+async def test_equal_images_spread_rather_than_wait():
+    async with running_system(num_vision=2) as system:
         for vision in system.visions:
             vision.at_encode.is_open.clear()
         requests = [asyncio.create_task(system.chat(messages=[user(png())])) for _ in range(4)]
         async with asyncio.timeout(10):
             while sum(vision.at_encode.num_entered for vision in system.visions) < 4:
                 await asyncio.sleep(0.01)
-        assert sorted(vision.at_encode.num_entered for vision in system.visions) == [0, 0, 4]
+        entered = [vision.at_encode.num_entered for vision in system.visions]
         for vision in system.visions:
             vision.at_encode.is_open.set()
         assert {response.status_code for response in await asyncio.gather(*requests)} == {200}
+        assert sorted(entered) == [2, 2]
 
 
 async def test_admission_is_bounded_per_class():

@@ -300,6 +300,7 @@ async def test_a_server_that_breaks_the_protocol_is_a_500(system):
 
     system.language.Generate = twice
     await system.language.stop()
+    await system.until(lambda: not system.router.fleet.is_ready)
     await system.language.start()
     await system.until(lambda: system.router.fleet.is_ready)
     response = await system.chat()
