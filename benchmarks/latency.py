@@ -157,7 +157,7 @@ def print_table(rows: Sequence[Row]) -> None:
             f"{row.time_per_output_token * 1000:.1f}",
             *("-" if value is None else f"{value:.1f}" for value in stages),
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def main(argv: Sequence[str]) -> None:
