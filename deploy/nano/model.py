@@ -80,6 +80,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> InternVLForCond
     nn.init.normal_(embeddings.patch_embeddings.projection.weight, std=1 / math.sqrt(588))
     nn.init.normal_(embeddings.cls_token, std=0.02)
     embeddings.position_embeddings.data[0, 1:] = sine_cosine(WIDTH)
+    model.generation_config.do_sample = False  # a reader of pictures, not a poet
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
