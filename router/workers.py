@@ -4,6 +4,7 @@ Knows nothing of HTTP, images or prompts. Foreign errors (gRPC) become ours here
 ``WatchStatus`` stream speaks, says READY and names the checkpoint that this router serves.
 """
 
+import abc
 import asyncio
 import logging
 import random
@@ -49,7 +50,7 @@ _STATE_NAMES: Final = {
 }
 
 
-class Worker:
+class Worker(abc.ABC):
     """One server: its channel, its last status, and the calls this router has open on it."""
 
     tier: ClassVar[Tier]
@@ -106,11 +107,13 @@ class Worker:
     async def close(self) -> None:
         await self._channel.close()
 
+    @abc.abstractmethod
     def _make_stub(self, channel: grpc.aio.Channel) -> Any:
-        raise NotImplementedError
+        """The tier's gRPC stub."""
 
+    @abc.abstractmethod
     def _reported_load(self) -> int:
-        raise NotImplementedError
+        """Tiles or sequences the server itself last said it has."""
 
     @contextmanager
     def _open(self, call: grpc.aio.Call, cost: int) -> Iterator[None]:

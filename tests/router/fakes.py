@@ -4,6 +4,7 @@ Their answers are functions of what they were sent, so that a mix-up shows as a 
 how the messages read, with each image replaced by the first digits of the hash of the bytes that vision delivered.
 """
 
+import abc
 import asyncio
 import hashlib
 import secrets
@@ -53,7 +54,7 @@ def digest(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()[:8]
 
 
-class FakeWorker:
+class FakeWorker(abc.ABC):
     """A server on a free port whose status is set by the test."""
 
     def __init__(self, name: str) -> None:
@@ -106,11 +107,13 @@ class FakeWorker:
         self._fill_load(status)
         return status
 
+    @abc.abstractmethod
     def _fill_load(self, status: WorkerStatus) -> None:
-        raise NotImplementedError
+        """Put the tier's load into a status."""
 
+    @abc.abstractmethod
     def _register(self, server: grpc.aio.Server) -> None:
-        raise NotImplementedError
+        """Add the tier's service."""
 
 
 @dataclass
