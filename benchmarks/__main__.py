@@ -2,9 +2,9 @@
 
 import sys
 
-from benchmarks import latency
+from benchmarks import cancel, latency
 
-BENCHMARKS = {"latency": latency.main}
+BENCHMARKS = {"cancel": cancel.main, "latency": latency.main}
 
 
 def main() -> None:
