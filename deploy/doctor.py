@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -22,8 +22,13 @@ from rich.markup import escape
 from common.service.errors import CheckpointError, ConfigError
 from deploy.settings import DoctorSettings, model_directory
 
+if TYPE_CHECKING:
+    from common.model.checkpoint import Checkpoint
+    from common.model.names import Role
+
 Verdict = Literal["ok", "warn", "fail"]
 
+ROLES: Final[tuple["Role", ...]] = ("vision", "language")
 _DISTRIBUTION: Final = "dvd-serve"
 _CONSTRAINTS: Final = Path(__file__).parent.parent / "constraints.txt"
 _MIN_PYTHON: Final = (3, 11)
@@ -170,12 +175,27 @@ def check_model(model: str) -> Iterator[Finding]:
         num_bytes[locate(name)[0] or "unknown"] += entry.num_bytes
     if unknown:
         yield Finding("fail", "model", f"tensor {unknown[0]} is of no known part of an InternVL model")
-    for role in ("vision", "language"):
+    for role in ROLES:
         if not num_bytes[role]:
             yield Finding("fail", "model", f"no {role} tensors in {directory}")
     text = config.text["model_type"]
-    sizes = ", ".join(f"{role} {num_bytes[role] / 2**20:.1f} MiB" for role in ("vision", "language"))
+    sizes = ", ".join(f"{role} {num_bytes[role] / 2**20:.1f} MiB" for role in ROLES)
     yield Finding("ok", "model", f"{config.layout} format, {text}, {len(checkpoint.entries)} tensors: {sizes}")
+    yield from _check_fit(checkpoint)
+
+
+def _check_fit(checkpoint: "Checkpoint") -> Iterator[Finding]:
+    """Of each server by itself, as it would be refused when it starts; the other one may run elsewhere."""
+    from common.model import memory
+    from common.model.device import choose_device, choose_dtype
+
+    device = choose_device("auto")
+    for role in ROLES:
+        weights = memory.weight_bytes(checkpoint, role, choose_dtype("auto", device))
+        try:
+            memory.check_fits(f"{role} server", {"weights": weights}, device)
+        except ConfigError as error:
+            yield Finding("warn", "model", str(error))
 
 
 _CHECKS: Final[tuple[Callable[[], Iterator[Finding]], ...]] = (

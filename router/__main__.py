@@ -14,7 +14,8 @@ import uvloop
 from PIL import Image
 
 from common.service import announce, metrics
-from common.service.errors import ConfigError, StartupError
+from common.service.errors import StartupError
+from common.service.listen import UNIX, cannot_listen, check_free
 from common.service.program import EXIT_FAILURE, run_program, stop_signal
 from router.server import RouterServer
 from router.settings import RouterSettings
@@ -95,6 +96,7 @@ def _listen(settings: RouterSettings) -> socket.socket:
     """A listening socket, so that its port is known before anything answers on it."""
     try:
         if settings.uds is not None:
+            check_free(f"{UNIX}{settings.uds}")
             if settings.uds.is_socket():  # left by a router that was killed
                 settings.uds.unlink()
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -103,8 +105,7 @@ def _listen(settings: RouterSettings) -> socket.socket:
             family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
             listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
-        where = settings.uds or f"{settings.host}:{settings.port}"
-        raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None
+        raise cannot_listen(settings.uds or f"{settings.host}:{settings.port}", error) from None
     listener.setblocking(False)
     return listener
 

@@ -14,8 +14,9 @@ from common.service import metrics
 from common.service.errors import DeadlineExceeded, DvdError, InternalError, InvalidRequest, Overloaded, Unavailable
 from protos.language_pb2 import Admitted, Finished, GenerateEvent, GenerateRequest, ImageTicket, Token
 from protos.vision_pb2 import EncodeRequest, TilingOptions
+from router.fleet import Fleet
 from router.record import Deadline, RequestRecord
-from router.workers import Fleet, LanguageWorker
+from router.workers import LanguageWorker
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from router.api import system
 from router.api.chat import ChatEndpoint, draining
 from router.api.exchange import Exchange
 from router.api.models import GetModel, ListModels, ModelList
+from router.discovery import Discovery
+from router.fleet import Fleet
 from router.settings import RouterSettings
-from router.workers import Fleet
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,11 @@ class RouterServer:
 
     def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
-        self.fleet = Fleet(settings.vision, settings.language)
+        self.fleet = Fleet(leave_timeout=settings.request_timeout)
+        self._discoveries = (
+            Discovery("vision", settings.vision, settings.discovery_interval, self.fleet.set_vision),
+            Discovery("language", settings.language, settings.discovery_interval, self.fleet.set_language),
+        )
         self.models = ModelList(self.fleet, settings.served_model_name)
         self.admission = Admission(
             {"text": settings.max_num_queued_reqs, "image": settings.max_num_queued_image_reqs},
@@ -72,12 +77,15 @@ class RouterServer:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the servers while inside."""
+        """Know the servers and follow them while inside."""
         self._export_gauges()
-        self.fleet.start()
         try:
+            for discovery in self._discoveries:
+                discovery.start()
             yield
         finally:
+            for discovery in self._discoveries:
+                await discovery.close()
             await self.fleet.close()
 
     async def drain(self) -> None:

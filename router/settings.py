@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
+from common.service.errors import ConfigError
 from common.service.program import ServerSettings
 from common.service.settings import Field, SecretStr
+from router.discovery import parse_entry
 
 MIB = 2**20
 
@@ -23,8 +25,13 @@ class RouterSettings(ServerSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
     uds: Path | None = Field(None, description="listen on this Unix socket instead of host and port")
 
-    vision: list[str] = Field(min_length=1, description="addresses of vision servers, comma separated")
-    language: list[str] = Field(min_length=1, description="addresses of language servers, comma separated")
+    vision: list[str] = Field(
+        min_length=1,
+        description="vision servers, comma separated: HOST:PORT, unix:/path, dns:NAME:PORT (all its addresses) or"
+        " file:/path (an address a line, read again when it changes)",
+    )
+    language: list[str] = Field(min_length=1, description="language servers, likewise")
+    discovery_interval: Seconds = Field(5.0, description="seconds between two look-ups of a DNS name")
 
     served_model_name: list[str] = Field(
         [], description="names clients may ask for, the first is shown; default: what the servers call the model"
@@ -52,6 +59,16 @@ class RouterSettings(ServerSettings):
     shutdown_timeout: Seconds = Field(60.0, description="seconds running requests get to end on shutdown")
 
     enable_per_request_metrics: bool = Field(False, description="add stage times to every answer")
+
+    @field_validator("vision", "language")
+    @classmethod
+    def _check_entries(cls, entries: list[str], info: ValidationInfo) -> list[str]:
+        for entry in entries:
+            try:
+                parse_entry(entry)
+            except ValueError as error:
+                raise ConfigError(f"--{info.field_name} {entry[:64]}: {error}") from None
+        return entries
 
     @model_validator(mode="after")
     def _check_tile_budget(self) -> "RouterSettings":

@@ -1,16 +1,14 @@
-"""The servers behind the router: one client each, what they say of themselves, and which of them may be used.
+"""One server behind the router: its client, what it says of itself, and the calls this router has open on it.
 
-Knows nothing of HTTP, images or prompts. Foreign errors (gRPC) become ours here. A server is used while its
-``WatchStatus`` stream speaks, says READY and names the checkpoint that this router serves.
+Knows nothing of HTTP, images or prompts, nor of the other servers (``router.fleet``). Foreign errors (gRPC) become
+ours here. A server may be used while its ``WatchStatus`` stream speaks, says READY and names the right checkpoint.
 """
 
 import abc
 import asyncio
-import logging
-import random
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Final, Literal, TypeVar, cast
+from typing import Any, ClassVar, Final, Literal, cast
 
 import grpc
 import grpc.aio
@@ -24,24 +22,29 @@ from protos.status_pb2 import (
     WORKER_STATE_DRAINING,
     WORKER_STATE_READY,
     WORKER_STATE_STARTING,
-    ModelInfo,
     WatchStatusRequest,
     WorkerStatus,
 )
 from protos.vision_pb2 import EncodeReply, EncodeRequest
 from protos.vision_pb2_grpc import VisionStub
-from router import policy
-
-log = logging.getLogger(__name__)
 
 Tier = Literal["vision", "language"]
-WorkerT = TypeVar("WorkerT", bound="Worker")
 
 HEARTBEAT_TIMEOUT_SECONDS: Final = 3.0
 """A worker sends a status every second; without any for this long it is ejected (RELIABILITY.md section 4)."""
 _HEARTBEAT_SLICES: Final = 6
-_FIRST_BACKOFF_SECONDS: Final = 0.1
-_MAX_BACKOFF_SECONDS: Final = 2.0
+_MAX_REASON_CHARS: Final = 160
+# What gRPC says, in the middle of much else, and what an operator reads.
+_REASONS: Final = {
+    "Connection refused": "connection refused",
+    "No route to host": "no route to host",
+    "Network is unreachable": "network is unreachable",
+    "No such file or directory": "no such socket",
+    "Permission denied": "permission denied",
+    "Connection reset": "connection reset",
+    "Socket closed": "connection closed",
+    "errors resolving": "its name has no address",
+}
 
 _STATE_NAMES: Final = {
     WORKER_STATE_STARTING: "starting",
@@ -57,26 +60,35 @@ class Worker(abc.ABC):
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.name = address  # the configured one, once it has told us
         self.status: WorkerStatus | None = None  # None while there is no live status stream
         self.load = 0  # outstanding tiles (vision) or sequences (language) of this router
         self.is_refused = False  # serves another checkpoint
+        self.is_leaving = False  # no longer among our servers: finishes what it has
+        self._incarnation = b""
+        self._costs: dict[grpc.aio.Call, int] = {}  # of the open calls; 0 once they are lost
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._channel = make_channel(address)
         self._stub = self._make_stub(self._channel)
-        self._calls: set[grpc.aio.Call] = set()
-
-    @property
-    def name(self) -> str:
-        return self.status.name if self.status is not None and self.status.name else self.address
 
     @property
     def is_usable(self) -> bool:
-        return self.status is not None and self.status.state == WORKER_STATE_READY and not self.is_refused
+        is_ready = self.status is not None and self.status.state == WORKER_STATE_READY
+        return is_ready and not self.is_refused and not self.is_leaving
 
     @property
     def state_name(self) -> str:
+        if self.is_leaving:
+            return "leaving"
         if self.status is None:
             return "lost"
         return "refused" if self.is_refused else _STATE_NAMES.get(self.status.state, "starting")
+
+    @property
+    def num_calls(self) -> int:
+        """Calls whose owners have not come to their end."""
+        return len(self._costs)
 
     @property
     def total_load(self) -> int:
@@ -84,7 +96,7 @@ class Worker(abc.ABC):
         return max(self.load, self._reported_load())
 
     async def follow_status(self) -> AsyncIterator[WorkerStatus]:
-        """Statuses until the stream ends. Raises Unavailable when it breaks or falls silent."""
+        """Statuses until the stream ends. Raises Unavailable, in the operator's words, when it breaks or is silent."""
         call = self._stub.WatchStatus(WatchStatusRequest(router_id="router"))
         try:
             while True:
@@ -92,20 +104,47 @@ class Worker(abc.ABC):
                 if status is grpc.aio.EOF:
                     raise Unavailable("the status stream was closed", code="closed")
                 yield status
-        except grpc.aio.AioRpcError:
-            raise Unavailable("the status stream broke", code="reset") from None
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(self._explain(error), code="reset") from None
         except TimeoutError:
-            raise Unavailable("no status for too long", code="heartbeat") from None
+            raise Unavailable("does not answer", code="heartbeat") from None
         finally:
             call.cancel()
 
+    def take(self, status: WorkerStatus) -> bool:
+        """Believe a status. True for another incarnation than the last: it knows nothing of the calls we had there."""
+        is_restarted = self._incarnation not in (b"", status.incarnation)
+        if is_restarted:
+            self.cancel_calls()
+        self._incarnation = status.incarnation
+        self.name = status.name or self.address
+        self.status = status
+        return is_restarted
+
     def cancel_calls(self) -> None:
-        """The server is lost: end its calls now instead of at their deadlines. Their owners see Unavailable."""
-        for call in list(self._calls):
+        """The server is lost: end its calls now instead of at their deadlines. Their owners see Unavailable.
+
+        They weigh nothing any more: whoever comes back at this address starts with an empty load.
+        """
+        self.load = 0
+        for call in self._costs:
+            self._costs[call] = 0
             call.cancel()
+
+    async def wait_idle(self) -> None:
+        """Return once no call is open; the caller sets the deadline."""
+        while self._costs:
+            await self._idle.wait()
 
     async def close(self) -> None:
         await self._channel.close()
+
+    def _explain(self, error: grpc.aio.AioRpcError) -> str:
+        if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+            return f"is not a {self.tier} server"
+        details = error.details() or error.code().name
+        known = [reason for words, reason in _REASONS.items() if words in details]
+        return f"cannot be reached ({known[0] if known else ' '.join(details.split())[:_MAX_REASON_CHARS]})"
 
     @abc.abstractmethod
     def _make_stub(self, channel: grpc.aio.Channel) -> Any:
@@ -118,7 +157,8 @@ class Worker(abc.ABC):
     @contextmanager
     def _open(self, call: grpc.aio.Call, cost: int) -> Iterator[None]:
         """Own a call: count its cost, translate its errors, end it in any case."""
-        self._calls.add(call)
+        self._costs[call] = cost
+        self._idle.clear()
         self.load += cost
         outcome = "ok"
         try:
@@ -132,9 +172,10 @@ class Worker(abc.ABC):
             raise
         finally:
             call.cancel()
-            self._calls.discard(call)
-            self.load -= cost
+            self.load -= self._costs.pop(call)
             metrics.DISPATCH.labels(self.tier, self.name, outcome).inc()
+            if not self._costs:
+                self._idle.set()
 
 
 class VisionWorker(Worker):
@@ -192,133 +233,6 @@ async def _read_within(call: Any, seconds: float) -> Any:
         reading.cancel()
 
 
-class Fleet:
-    """All servers of this router. Belongs to the event loop; ``start`` it there and ``close`` it there."""
-
-    def __init__(self, vision: Sequence[str], language: Sequence[str]) -> None:
-        self.vision = [VisionWorker(address) for address in vision]
-        self.language = [LanguageWorker(address) for address in language]
-        self.fingerprint: bytes | None = None
-        self.model: ModelInfo | None = None  # last known, so that /v1/models answers without any server
-        self._watchers: list[asyncio.Task[None]] = []
-        self._changed = asyncio.Event()
-
-    @property
-    def workers(self) -> list[Worker]:
-        return [*self.vision, *self.language]
-
-    @property
-    def is_ready(self) -> bool:
-        """At least one vision and one language server are warm."""
-        return self.has_vision and self.has_language
-
-    @property
-    def has_vision(self) -> bool:
-        return any(worker.is_usable for worker in self.vision)
-
-    @property
-    def has_language(self) -> bool:
-        return any(worker.is_usable for worker in self.language)
-
-    def start(self) -> None:
-        """Follow every server's status until ``close``."""
-        self._watchers = [asyncio.create_task(self._watch(worker)) for worker in self.workers]
-        for task in self._watchers:
-            task.add_done_callback(_log_death)
-        self._count_states()
-
-    async def close(self) -> None:
-        """Stop following and hang up."""
-        for task in self._watchers:
-            task.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
-        await asyncio.gather(*(worker.close() for worker in self.workers))
-
-    async def wait_ready(self) -> None:
-        """Return once ``is_ready`` holds; the caller sets the deadline."""
-        while not self.is_ready:
-            await self.wait_changed()
-
-    async def wait_changed(self) -> None:
-        """Return at the next status message or loss of any server."""
-        await self._changed.wait()
-
-    def pick_language(self, request_id: bytes, exclude: Collection[str] = ()) -> LanguageWorker | None:
-        """A usable language server not named in ``exclude``, the least loaded."""
-        candidates = _usable(self.language, exclude)
-        chosen = policy.pick_language(request_id, {name: worker.total_load for name, worker in candidates.items()})
-        return None if chosen is None else candidates[chosen]
-
-    def pick_vision(self, mm_hash: bytes, exclude: Collection[str] = ()) -> VisionWorker | None:
-        """A usable vision server not named in ``exclude``, the one on which equal images meet."""
-        candidates = _usable(self.vision, exclude)
-        loads = {name: worker.total_load for name, worker in candidates.items()}
-        chosen = policy.pick_vision(mm_hash, loads)
-        return None if chosen is None else candidates[chosen]
-
-    async def _watch(self, worker: Worker) -> None:
-        backoff = _FIRST_BACKOFF_SECONDS
-        while True:
-            try:
-                async for status in worker.follow_status():
-                    backoff = _FIRST_BACKOFF_SECONDS
-                    self._update(worker, status)
-            except Unavailable as error:
-                self._lose(worker, error.code)
-            await asyncio.sleep(random.uniform(backoff / 2, backoff))
-            backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)
-
-    def _update(self, worker: Worker, status: WorkerStatus) -> None:
-        before = worker.state_name
-        worker.status = status
-        self._compare_fingerprints()
-        if worker.state_name != before:
-            log.info("%s server %s (%s) is %s", worker.tier, worker.name, worker.address, worker.state_name)
-        self._notify()
-
-    def _lose(self, worker: Worker, reason: str) -> None:
-        if worker.status is not None:
-            log.warning("%s server %s (%s) is lost: %s", worker.tier, worker.name, worker.address, reason)
-            metrics.SERVER_EJECTIONS.labels(worker.tier, worker.name, reason).inc()
-        worker.status = None
-        worker.is_refused = False
-        worker.cancel_calls()
-        self._compare_fingerprints()
-        self._notify()
-
-    def _compare_fingerprints(self) -> None:
-        """Refuse servers of another checkpoint, and remember what the accepted ones serve."""
-        known = [worker for worker in self.workers if worker.status is not None]
-        elected = policy.elect_fingerprint(self.fingerprint, [_fingerprint(worker) for worker in known])
-        self.fingerprint = elected if elected is not None else self.fingerprint
-        for worker in known:
-            is_refused = _fingerprint(worker) != self.fingerprint
-            if is_refused and not worker.is_refused:
-                log.error(
-                    "%s server %s (%s) serves another checkpoint: fingerprint %s, expected %s; it gets no work",
-                    *(worker.tier, worker.name, worker.address, _fingerprint(worker).hex(), (elected or b"").hex()),
-                )
-                metrics.SERVER_EJECTIONS.labels(worker.tier, worker.name, "fingerprint").inc()
-            worker.is_refused = is_refused
-        infos = [w.status.model for w in self.language if w.status is not None and not w.is_refused]
-        if infos:
-            # A request must fit on whichever server it is sent to.
-            self.model = min(infos, key=lambda info: info.max_model_len)
-
-    def _notify(self) -> None:
-        self._count_states()
-        # Wakes every waiter; the next one waits on a fresh event.
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    def _count_states(self) -> None:
-        tiers: dict[Tier, Sequence[Worker]] = {"vision": self.vision, "language": self.language}
-        for tier, workers in tiers.items():
-            names = [worker.state_name for worker in workers]
-            for state in ("starting", "ready", "draining", "refused", "lost"):
-                metrics.SERVERS.labels(tier, state).set(names.count(state))
-
-
 @contextmanager
 def translated_errors() -> Iterator[None]:
     """Seam: errors of gRPC become ours.
@@ -357,16 +271,3 @@ class _Events:
 
 def _lost() -> Unavailable:
     return Unavailable("a server of ours was lost")
-
-
-def _usable(workers: Sequence[WorkerT], exclude: Collection[str]) -> dict[str, WorkerT]:
-    return {worker.address: worker for worker in workers if worker.is_usable and worker.address not in exclude}
-
-
-def _fingerprint(worker: Worker) -> bytes:
-    return b"" if worker.status is None else worker.status.fingerprint
-
-
-def _log_death(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.critical("a status watcher died", exc_info=task.exception())

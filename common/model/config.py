@@ -139,6 +139,8 @@ def load_config(path: Path) -> InternVLConfig:
     Raises:
         CheckpointError: naming file and key for what is missing, unknown or out of range.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"model {path}: no such directory; name the one that holds the checkpoint")
     top = read_section(path, "config.json")
     if top is None:
         raise CheckpointError(f"no config.json in {path.name!r}: not an InternVL checkpoint folder")

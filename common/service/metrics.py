@@ -15,7 +15,9 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-Tier = Literal["router", "vision", "language"]
+from common.service.listen import cannot_listen, split_host_port
+
+Tier = Literal["router", "vision", "language", "colocated", "cluster"]
 
 # vLLM's bounds, so that its dashboards and ours can be laid over each other.
 _TTFT = (
@@ -52,11 +54,13 @@ _TILES = (1, 2, 3, 5, 7, 10, 13, 20, 30, 41)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
-_everywhere, _router, _vision, _transfer, _language = (CollectorRegistry() for _ in range(5))
+_everywhere, _router, _vision, _transfer, _language, _cluster = (CollectorRegistry() for _ in range(6))
 _REGISTRIES: dict[Tier, tuple[CollectorRegistry, ...]] = {
     "router": (_everywhere, _router),
     "vision": (_everywhere, _vision, _transfer),
     "language": (_everywhere, _language, _transfer),
+    "colocated": (_everywhere, _vision, _transfer, _language),
+    "cluster": (_everywhere, _cluster),
 }
 ProcessCollector(registry=_everywhere)
 PlatformCollector(registry=_everywhere)
@@ -113,6 +117,9 @@ DISPATCH_RETRIES = Counter(
 )
 SERVERS = Gauge("dvd_servers", "Known servers by state.", ["tier", "state"], registry=_router)
 SERVER_EJECTIONS = Counter("dvd_server_ejections", "Servers dropped.", ["tier", "server", "reason"], registry=_router)
+DISCOVERY_FAILURES = Counter(
+    "dvd_discovery_failures", "Look-ups of servers that failed.", ["tier", "kind"], registry=_router
+)
 
 # --- vision
 VISION_ITEMS = Counter("dvd_vision_items", "Images by outcome.", ["outcome"], registry=_vision)
@@ -194,6 +201,15 @@ LANGUAGE_STEP_REQUESTS = Histogram(
     "dvd_language_step_requests", "Sequences per step.", buckets=_COUNTS, registry=_language
 )
 
+# --- the controller of a cluster
+CLUSTER_CONTROLLER_UP = Gauge("dvd_cluster_controller_up", "1 while it looks after the cluster.", registry=_cluster)
+CLUSTER_SERVERS_DESIRED = Gauge(
+    "dvd_cluster_servers_desired", "Servers that there should be.", ["tier"], registry=_cluster
+)
+CLUSTER_SCALE_EVENTS = Counter(
+    "dvd_cluster_scale_events", "Changes of the desired number.", ["tier", "direction"], registry=_cluster
+)
+
 _model = ""
 
 
@@ -209,16 +225,29 @@ def set_state(state: str) -> None:
         STATE.labels(known).set(known == state)
 
 
+def forget_server(tier: str, server: str) -> None:
+    """Drop the series of a server that has left, or whose name has changed."""
+    for family in (DISPATCH, SERVER_EJECTIONS):
+        family.remove_by_labels({"tier": tier, "server": server})
+
+
 def exposition(tier: Tier) -> bytes:
     """What ``GET /metrics`` answers, in Prometheus text format."""
     return generate_latest(_labelled(tier))
 
 
 def start_server(listen: str, tier: Tier) -> str:
-    """Serve ``/metrics`` from a thread of its own on ``host:port`` (0: any free port); returns the address."""
-    host, _, port = listen.rpartition(":")
-    server, _ = start_http_server(int(port), host, registry=_labelled(tier))
-    return f"{host}:{server.server_port}"
+    """Serve ``/metrics`` from a thread of its own on ``host:port`` (0: any free port); returns the address.
+
+    Raises:
+        ConfigError: the address is taken, not ours, or none.
+    """
+    host, port = split_host_port(listen)
+    try:
+        server, _ = start_http_server(port, host, registry=_labelled(tier))
+    except OSError as error:
+        raise cannot_listen(f"{listen} (--metrics-listen)", error) from None
+    return f"{listen.rpartition(':')[0]}:{server.server_port}"
 
 
 def _labelled(tier: Tier) -> CollectorRegistry:

@@ -87,8 +87,8 @@ async def run_worker(title: str, make: Callable[[], Worker]) -> int:
     """A worker's life. ``make`` reads headers only and raises StartupError on what cannot work."""
     stop = asyncio.create_task(stop_signal().wait(), name="stop signal")
     worker = make()
-    await worker.start()
     try:
+        await worker.start()
         if not await _load(title, worker, stop):
             return 0
         print(worker.ready_line, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from common.service.errors import ConfigError, DvdError, InternalError, to_grpc
+from common.service.listen import check_free
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,11 @@ def bind(server: grpc.aio.Server, listen: str) -> str:
     Raises:
         ConfigError: the address is taken or not ours.
     """
+    check_free(listen)  # gRPC would only say that it failed, and take over a socket that somebody listens on
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
-        raise ConfigError(f"cannot listen on {listen}: busy, or not an address of this machine") from None
+        raise ConfigError(f"cannot listen on {listen}: in use, or not an address of this machine") from None
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 

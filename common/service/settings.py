@@ -142,7 +142,7 @@ def _read_file(cls: type[Settings], path: object) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from None
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict | None):
         raise ConfigError(f"--config {path}: expected keys and values")
     values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}

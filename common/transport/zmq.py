@@ -21,6 +21,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from common.service.errors import ConfigError, TransportFailed
+from common.service.listen import cannot_listen
 from common.transport.base import FrameSink, receive_frame
 from common.transport.listen import remove_socket
 from common.transport.meter import ReceiveMeter
@@ -72,7 +73,7 @@ class ZmqReceiver:
         try:
             self._socket = socket = self._bind(await _numeric(self._address))
         except (zmq.ZMQError, OSError) as error:
-            raise ConfigError(f"cannot listen on {self._address}: {error.strerror}") from None
+            raise cannot_listen(self._address, error) from None
         self._serving = asyncio.create_task(self._serve(socket, sink), name="feature frames over zmq")
         self._serving.add_done_callback(self._on_serving_ended)
         return Endpoint(transport=NAME, address=socket.get_string(zmq.LAST_ENDPOINT))

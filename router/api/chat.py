@@ -25,10 +25,10 @@ from router.api.exchange import Exchange
 from router.api.models import ModelList
 from router.api.schemas import ChatCompletionRequest, parse_chat
 from router.api.translate import Origin, count_images, translate
+from router.fleet import Fleet
 from router.pipeline import ChatRequest, Pipeline
 from router.record import Deadline
 from router.settings import RouterSettings
-from router.workers import Fleet
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from common.service.errors import NotFound
 from router.api.exchange import Exchange
-from router.workers import Fleet
+from router.fleet import Fleet
 
 
 class ModelList:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from common.model import memory
 from deploy import doctor
 from deploy.cli import main
 from deploy.settings import NANO, model_directory
@@ -31,6 +32,12 @@ def test_a_model_with_a_truncated_shard(tmp_path):
     (finding,) = doctor.check_model(str(tmp_path / "model"))
     assert finding.verdict == "fail"
     assert "model.safetensors" in finding.detail
+
+
+def test_a_model_that_does_not_fit_here(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    warnings = [finding.detail for finding in doctor.check_model(NANO) if finding.verdict == "warn"]
+    assert [warning.split(" needs")[0] for warning in warnings] == ["the vision server", "the language server"]
 
 
 def test_a_missing_package(monkeypatch):

@@ -65,12 +65,11 @@ async def running_system(
         for worker in [*languages, *visions]:
             await worker.start()
             stack.push_async_callback(worker.stop)
-        settings = RouterSettings(
-            port=0,
-            vision=[worker.address for worker in visions],
-            language=[worker.address for worker in languages],
-            **options,
-        )
+        servers = {
+            "vision": [worker.address for worker in visions],
+            "language": [worker.address for worker in languages],
+        }
+        settings = RouterSettings(port=0, **{**servers, **options})
         if not start_workers:
             for worker in [*languages, *visions]:
                 await worker.stop()

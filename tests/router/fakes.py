@@ -6,6 +6,7 @@ how the messages read, with each image replaced by the first digits of the hash 
 
 import abc
 import asyncio
+import contextlib
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable
@@ -63,6 +64,7 @@ class FakeWorker(abc.ABC):
         self.fingerprint = FINGERPRINT
         self.incarnation = secrets.token_bytes(16)
         self.is_silent = False  # a hang: the stream lives, nothing is sent
+        self.num_watching = 0  # status streams that are open
         self.address = ""
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Event()
@@ -87,14 +89,16 @@ class FakeWorker(abc.ABC):
         self._changed = asyncio.Event()
 
     async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[WorkerStatus]:
-        while True:
-            changed = self._changed
-            if not self.is_silent:
-                yield self._status()
-            try:
-                await asyncio.wait_for(changed.wait(), 1)
-            except TimeoutError:
-                continue
+        self.num_watching += 1
+        try:
+            while True:
+                changed = self._changed
+                if not self.is_silent:
+                    yield self._status()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), 1)
+        finally:
+            self.num_watching -= 1
 
     def _status(self) -> WorkerStatus:
         status = WorkerStatus(

@@ -47,6 +47,17 @@ def test_losing_a_server_moves_only_its_images():
     assert all(after[index] == server for index, server in before.items() if server != "b")
 
 
+def test_a_new_server_moves_images_to_itself_only():
+    """Nor does it matter in which order a router came to know its servers."""
+    idle = dict.fromkeys(NAMES, 0)
+    before = {index: pick_vision(key(index), idle) for index in range(200)}
+    with_new = dict.fromkeys(("e", *reversed(NAMES)), 0)
+    after = {index: pick_vision(key(index), with_new) for index in range(200)}
+    moved = {index for index in before if after[index] != before[index]}
+    assert {after[index] for index in moved} == {"e"}
+    assert 20 < len(moved) < 80  # a fifth
+
+
 def test_an_overloaded_server_loses_its_images():
     favourite = pick_vision(key(1), {"a": 0, "b": 0}) or ""
     other = "b" if favourite == "a" else "a"

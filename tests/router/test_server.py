@@ -103,17 +103,20 @@ def test_the_router_never_imports_a_tensor_library():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("way", ["tcp", "uds"])
+@pytest.mark.parametrize("way", ["tcp", "uds", "dns"])
 async def test_the_program(tmp_path, way):
-    """Start, ready line, announcement, an answer, SIGTERM, exit 0."""
+    """Start, ready line, announcement, an answer, SIGTERM, exit 0; servers by address and by name."""
     language = FakeLanguage()
     vision = FakeVision([language])
     announcement = tmp_path / "router.json"
     socket_path = tmp_path / "router.sock"
-    where = ["--port", "0"] if way == "tcp" else ["--uds", str(socket_path)]
+    where = ["--uds", str(socket_path)] if way == "uds" else ["--port", "0"]
     for worker in (language, vision):
         await worker.start()
-    arguments = ["--vision", vision.address, "--language", language.address, "--announce", str(announcement)]
+    servers = [server.address for server in (vision, language)]
+    if way == "dns":
+        servers = [f"dns:localhost:{address.rpartition(':')[2]}" for address in servers]
+    arguments = ["--vision", servers[0], "--language", servers[1], "--announce", str(announcement)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DVD_")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "router", *arguments, *where), stdout=subprocess.PIPE, env=environment
@@ -138,6 +141,28 @@ async def test_the_program(tmp_path, way):
             await process.wait()
         for worker in (language, vision):
             await worker.stop()
+
+
+async def test_the_program_waits_for_servers_and_says_so(unused_tcp_port):
+    missing = f"127.0.0.1:{unused_tcp_port}"
+    arguments = ["--port", "0", "--vision", missing, "--language", missing, "--log-level", "warning"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DVD_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "router", *arguments), stderr=subprocess.PIPE, env=environment
+    )
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(60):
+            said = [(await process.stderr.readline()).decode() for _ in range(2)]
+        for tier in ("vision", "language"):
+            line = f"waiting for {tier} server {missing}: cannot be reached (connection refused)\n"
+            assert [each.endswith(line) for each in said].count(True) == 1, said
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def test_a_taken_port_is_a_start_up_error(capfd):

@@ -1,0 +1,289 @@
+"""All servers behind this router: who they are, which of them may be used, and which of those gets the next work.
+
+Servers come and go while requests run (``router.discovery``). One that comes is followed at once and used as soon as it
+is READY with the checkpoint served here. One that goes gets no new work at once and is let go of when the calls it has
+are at their end. Knows nothing of HTTP, images or prompts.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final, TypeVar
+
+from common.service import metrics
+from common.service.errors import Unavailable
+from protos.status_pb2 import ModelInfo, WorkerStatus
+from router import policy
+from router.discovery import difference
+from router.workers import LanguageWorker, Tier, VisionWorker, Worker
+
+log = logging.getLogger(__name__)
+
+WorkerT = TypeVar("WorkerT", bound=Worker)
+
+_FIRST_BACKOFF_SECONDS: Final = 0.1
+_MAX_BACKOFF_SECONDS: Final = 2.0
+_CANCEL_SECONDS: Final = 5.0
+"""For the owners of cancelled calls to notice."""
+
+
+class Reminder:
+    """When to say that something is still missing: after a while, then now and then. Pure; times are in seconds."""
+
+    def __init__(self, first: float = 3.0, every: float = 60.0) -> None:
+        self._first = first
+        self._every = every
+        self._due: float | None = None
+
+    def is_due(self, now: float) -> bool:
+        """Whether to say it now. The first call starts the clock."""
+        if self._due is None:
+            self._due = now + self._first
+        if now < self._due:
+            return False
+        self._due = now + self._every
+        return True
+
+    def reset(self) -> None:
+        """It is there."""
+        self._due = None
+
+
+class Fleet:
+    """The servers of both tiers. Belongs to the event loop.
+
+    Args:
+        leave_timeout: seconds after which the calls of a server that has left are given up; no call lives longer than
+            a request may take.
+    """
+
+    def __init__(self, leave_timeout: float = 600.0) -> None:
+        self.fingerprint: bytes | None = None
+        self.model: ModelInfo | None = None  # last known, so that /v1/models answers without any server
+        self._leave_timeout = leave_timeout
+        self._vision: dict[str, VisionWorker] = {}
+        self._language: dict[str, LanguageWorker] = {}
+        self._watchers: dict[Worker, asyncio.Task[None]] = {}
+        self._leaving: dict[Worker, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def vision(self) -> list[VisionWorker]:
+        """Every vision server we are in touch with, those that are leaving included."""
+        return list(self._vision.values())
+
+    @property
+    def language(self) -> list[LanguageWorker]:
+        """Every language server, likewise."""
+        return list(self._language.values())
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [*self._vision.values(), *self._language.values()]
+
+    @property
+    def is_ready(self) -> bool:
+        """At least one vision and one language server are warm."""
+        return self.has_vision and self.has_language
+
+    @property
+    def has_vision(self) -> bool:
+        return any(worker.is_usable for worker in self._vision.values())
+
+    @property
+    def has_language(self) -> bool:
+        return any(worker.is_usable for worker in self._language.values())
+
+    def set_vision(self, addresses: Iterable[str]) -> None:
+        """These are the vision servers from now on."""
+        self._set_members(self._vision, VisionWorker, addresses)
+
+    def set_language(self, addresses: Iterable[str]) -> None:
+        """These are the language servers from now on."""
+        self._set_members(self._language, LanguageWorker, addresses)
+
+    async def close(self) -> None:
+        """Stop following and hang up."""
+        waiting = [task for worker, task in self._leaving.items() if worker in self.workers]
+        for task in [*self._watchers.values(), *waiting]:
+            task.cancel()
+        # Whoever is no longer among the workers is hanging up already.
+        await asyncio.gather(*self._watchers.values(), *self._leaving.values(), return_exceptions=True)
+        await asyncio.gather(*(worker.close() for worker in self.workers))
+
+    async def wait_ready(self) -> None:
+        """Return once ``is_ready`` holds; the caller sets the deadline."""
+        while not self.is_ready:
+            await self.wait_changed()
+
+    async def wait_changed(self) -> None:
+        """Return at the next status message, loss, arrival or departure of any server."""
+        await self._changed.wait()
+
+    def pick_language(self, request_id: bytes, exclude: Collection[str] = ()) -> LanguageWorker | None:
+        """A usable language server not named in ``exclude``, the least loaded."""
+        candidates = _usable(self._language.values(), exclude)
+        chosen = policy.pick_language(request_id, {name: worker.total_load for name, worker in candidates.items()})
+        return None if chosen is None else candidates[chosen]
+
+    def pick_vision(self, mm_hash: bytes, exclude: Collection[str] = ()) -> VisionWorker | None:
+        """A usable vision server not named in ``exclude``, the one on which equal images meet."""
+        candidates = _usable(self._vision.values(), exclude)
+        loads = {name: worker.total_load for name, worker in candidates.items()}
+        chosen = policy.pick_vision(mm_hash, loads)
+        return None if chosen is None else candidates[chosen]
+
+    # --- coming and going
+
+    def _set_members(self, workers: dict[str, WorkerT], make: type[WorkerT], addresses: Iterable[str]) -> None:
+        members = [address for address, worker in workers.items() if not worker.is_leaving]
+        came, went = difference(members, addresses)
+        for address in came:
+            if address in workers:
+                self._welcome_back(workers[address])
+            else:
+                workers[address] = worker = make(address)
+                self._watch_over(worker)
+        for address in went:
+            self._bid_farewell(workers, workers[address])
+        self._compare_fingerprints()
+        self._notify()
+
+    def _watch_over(self, worker: Worker) -> None:
+        watcher = asyncio.create_task(self._watch(worker), name=f"watch {worker.address}")
+        watcher.add_done_callback(lambda task: self._on_watcher_ended(worker, task))
+        self._watchers[worker] = watcher
+
+    def _bid_farewell(self, workers: dict[str, WorkerT], worker: WorkerT) -> None:
+        """No new work from here on, and none of its calls is touched."""
+        log.info("%s server %s (%s) is leaving: %d calls open", *_names(worker), worker.num_calls)
+        worker.is_leaving = True
+        self._leaving[worker] = asyncio.create_task(self._see_off(workers, worker), name=f"see off {worker.address}")
+
+    def _welcome_back(self, worker: Worker) -> None:
+        """It was gone from the list, and is on it again before its last call has ended."""
+        log.info("%s server %s (%s) is back", *_names(worker))
+        worker.is_leaving = False
+        self._leaving.pop(worker).cancel()
+
+    async def _see_off(self, workers: dict[str, WorkerT], worker: WorkerT) -> None:
+        if not await _ends_in_time(worker, self._leave_timeout):
+            log.warning("%s server %s (%s) has left: %d calls are cut off", *_names(worker), worker.num_calls)
+            worker.cancel_calls()
+            await _ends_in_time(worker, _CANCEL_SECONDS)
+        # From here on the address is free: whoever is listed there again is a new server to us.
+        del workers[worker.address]
+        watcher = self._watchers.pop(worker)
+        watcher.cancel()
+        self._forget_name(worker, worker.name)
+        log.info("%s server %s (%s) has left", *_names(worker))
+        self._notify()
+        await asyncio.gather(watcher, return_exceptions=True)
+        await worker.close()
+        del self._leaving[worker]
+
+    # --- following
+
+    async def _watch(self, worker: Worker) -> None:
+        loop = asyncio.get_running_loop()
+        backoff, reminder = _FIRST_BACKOFF_SECONDS, Reminder()
+        while True:
+            try:
+                async for status in worker.follow_status():
+                    backoff = _FIRST_BACKOFF_SECONDS
+                    reminder.reset()
+                    self._update(worker, status)
+            except Unavailable as error:
+                self._lose(worker, error)
+                if reminder.is_due(loop.time()) and not worker.is_leaving:
+                    log.warning("waiting for %s server %s: %s", worker.tier, worker.address, error.message)
+            await asyncio.sleep(random.uniform(backoff / 2, backoff))
+            backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)
+
+    def _update(self, worker: Worker, status: WorkerStatus) -> None:
+        state, name = worker.state_name, worker.name
+        if worker.take(status):
+            log.warning("%s server %s (%s) has restarted", *_names(worker))
+        self._compare_fingerprints()
+        if worker.name != name:
+            self._forget_name(worker, name)
+        if worker.state_name != state:
+            log.info("%s server %s (%s) is %s", *_names(worker), worker.state_name)
+        self._notify()
+
+    def _lose(self, worker: Worker, error: Unavailable) -> None:
+        if worker.status is not None:
+            log.warning("%s server %s (%s) is lost: %s", *_names(worker), error.message)
+            metrics.SERVER_EJECTIONS.labels(worker.tier, worker.name, error.code).inc()
+        worker.status = None
+        worker.is_refused = False
+        worker.cancel_calls()
+        self._compare_fingerprints()
+        self._notify()
+
+    def _on_watcher_ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
+        """A bug of ours: what we no longer follow must not be used."""
+        if not task.cancelled() and task.exception() is not None:
+            log.critical("%s died", task.get_name(), exc_info=task.exception())
+            self._lose(worker, Unavailable("is not followed any more", code="internal_error"))
+
+    def _compare_fingerprints(self) -> None:
+        """Refuse servers of another checkpoint, and remember what the accepted ones serve. Who leaves has no vote."""
+        known = [worker for worker in self.workers if worker.status is not None and not worker.is_leaving]
+        elected = policy.elect_fingerprint(self.fingerprint, [_fingerprint(worker) for worker in known])
+        self.fingerprint = elected if elected is not None else self.fingerprint
+        for worker in known:
+            is_refused = _fingerprint(worker) != self.fingerprint
+            if is_refused and not worker.is_refused:
+                log.error(
+                    "%s server %s (%s) serves another checkpoint: fingerprint %s, expected %s; it gets no work",
+                    *(*_names(worker), _fingerprint(worker).hex(), (elected or b"").hex()),
+                )
+                metrics.SERVER_EJECTIONS.labels(worker.tier, worker.name, "fingerprint").inc()
+            worker.is_refused = is_refused
+        accepted = [worker for worker in known if worker.tier == "language" and not worker.is_refused]
+        infos = [worker.status.model for worker in accepted if worker.status is not None]
+        if infos:
+            # A request must fit on whichever server it is sent to.
+            self.model = min(infos, key=lambda info: info.max_model_len)
+
+    def _notify(self) -> None:
+        self._count_states()
+        # Wakes every waiter; the next one waits on a fresh event.
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _count_states(self) -> None:
+        tiers: dict[Tier, Sequence[Worker]] = {"vision": self.vision, "language": self.language}
+        for tier, workers in tiers.items():
+            names = [worker.state_name for worker in workers]
+            for state in ("starting", "ready", "draining", "refused", "lost", "leaving"):
+                metrics.SERVERS.labels(tier, state).set(names.count(state))
+
+    def _forget_name(self, worker: Worker, name: str) -> None:
+        """Series of servers that are gone would pile up; two servers of one name share theirs."""
+        if not any(other.name == name for other in self.workers if other.tier == worker.tier):
+            metrics.forget_server(worker.tier, name)
+
+
+async def _ends_in_time(worker: Worker, seconds: float) -> bool:
+    """Whether its calls did."""
+    try:
+        async with asyncio.timeout(seconds):
+            await worker.wait_idle()
+    except TimeoutError:
+        return False
+    return True
+
+
+def _usable(workers: Iterable[WorkerT], exclude: Collection[str]) -> dict[str, WorkerT]:
+    return {worker.address: worker for worker in workers if worker.is_usable and worker.address not in exclude}
+
+
+def _fingerprint(worker: Worker) -> bytes:
+    return b"" if worker.status is None else worker.status.fingerprint
+
+
+def _names(worker: Worker) -> tuple[str, str, str]:
+    return worker.tier, worker.name, worker.address
