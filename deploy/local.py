@@ -1,7 +1,8 @@
 """One machine, one command: vision servers, language servers and a router as child processes of one parent.
 
-They meet in a private directory that holds their Unix sockets, options and announcements. This module starts them,
-waits until requests can be served, notices when one ends, and stops them in the order in which work flows.
+With ``--colocated`` one process takes the place of both tiers; the router does not know the difference. All meet in a
+private directory that holds their Unix sockets, options and announcements. This module starts them, waits until
+requests can be served, notices when one ends, and stops them in the order in which work flows.
 """
 
 import signal
@@ -55,6 +56,7 @@ class LocalDeployment:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._vision: Tier = []
         self._language: Tier = []
+        self._colocated: Tier = []  # instead of the two above
         self._router: Tier = []
         self._stop_requested = threading.Event()
         self._force_requested = threading.Event()
@@ -70,12 +72,16 @@ class LocalDeployment:
     @property
     def processes(self) -> tuple[ServerProcess, ...]:
         """All servers, in the order of a request's features: vision, language, router."""
-        return (*self._vision, *self._language, *self._router)
+        return (*self._workers, *self._router)
+
+    @property
+    def _workers(self) -> tuple[ServerProcess, ...]:
+        return (*self._vision, *self._language, *self._colocated)
 
     @property
     def metrics_addresses(self) -> dict[str, str]:
         """``host:port`` of each worker's ``/metrics``, by server name; the router serves its own at ``address``."""
-        announcements = {process.name: process.announcement() for process in (*self._vision, *self._language)}
+        announcements = {process.name: process.announcement() for process in self._workers}
         return {name: found.metrics_address for name, found in announcements.items() if found is not None}
 
     def start(self) -> Self:
@@ -115,6 +121,7 @@ class LocalDeployment:
         self._stop_tier(self._router, self._settings.shutdown_timeout + _ROUTER_EXTRA_SECONDS)
         self._stop_tier(self._language, _WORKER_GRACE_SECONDS)
         self._stop_tier(self._vision, _WORKER_GRACE_SECONDS)
+        self._stop_tier(self._colocated, _WORKER_GRACE_SECONDS)
         if self._directory is not None:
             self._directory.cleanup()
             self._directory = None
@@ -122,28 +129,45 @@ class LocalDeployment:
     def _launch(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="dvd-")  # mode 0700: its sockets are ours alone
         root, settings = Path(self._directory.name), self._settings
-        visions = _names("vision", settings.vision_servers)
-        languages = _names("language", settings.language_servers)
-        # Servers take the devices of their tier in turn.
-        for name, device in zip(visions, cycle(settings.vision_devices or [settings.device])):
-            placed = self._worker_options(root, name, device)
-            placed["nice"] = _vision_nice(settings, placed["device"])
-            spec = self._spec(root, name, "vision", placed, settings.vision_cores)
-            self._vision.append(ServerProcess(spec, self._echo))
-        for name, device in zip(languages, cycle(settings.language_devices or [settings.device])):
-            placed = self._worker_options(root, name, device)
-            placed["feature_listen"] = f"unix-dir:{_private_directory(root / name)}"
-            spec = self._spec(root, name, "language", placed, settings.language_cores)
-            self._language.append(ServerProcess(spec, self._echo))
+        if settings.colocated:
+            visions, languages = ["vision"], ["language"]
+            self._launch_colocated(root)
+        else:
+            visions = _names("vision", settings.vision_servers)
+            languages = _names("language", settings.language_servers)
+            self._launch_vision(root, visions)
+            self._launch_language(root, languages)
         placed = {
             "vision": [_socket(root, name) for name in visions],
             "language": [_socket(root, name) for name in languages],
             "served_model_name": settings.model_names,
         }
-        self._router.append(ServerProcess(self._spec(root, "router", "router", placed), self._echo))
+        self._router.append(self._start_server(root, "router", "router", options_of("router", settings) | placed))
 
-    def _worker_options(self, root: Path, name: str, device: str) -> dict[str, Any]:
-        return {
+    def _launch_vision(self, root: Path, names: Sequence[str]) -> None:
+        """Servers take the devices of their tier in turn."""
+        settings = self._settings
+        for name, device in zip(names, cycle(settings.vision_devices or [settings.device])):
+            options = self._worker_options(root, name, "vision", device)
+            options["nice"] = _vision_nice(settings, device)
+            self._vision.append(self._start_server(root, name, "vision_server", options, settings.vision_cores))
+
+    def _launch_language(self, root: Path, names: Sequence[str]) -> None:
+        settings = self._settings
+        for name, device in zip(names, cycle(settings.language_devices or [settings.device])):
+            options = self._worker_options(root, name, "language", device)
+            options["feature_listen"] = f"unix-dir:{_private_directory(root / name)}"
+            self._language.append(self._start_server(root, name, "language_server", options, settings.language_cores))
+
+    def _launch_colocated(self, root: Path) -> None:
+        """One process for both tiers; what it is told in all, and what each side is told."""
+        settings = self._settings
+        tiers = {tier: self._worker_options(root, tier, tier, settings.device) for tier in ("vision", "language")}
+        options = options_of("colocated", settings) | tiers
+        self._colocated.append(self._start_server(root, "colocated", "deploy.colocated", options))
+
+    def _worker_options(self, root: Path, name: str, program: str, device: str) -> dict[str, Any]:
+        return options_of(program, self._settings) | {
             "model": str(self._model),
             "served_model_name": self._settings.model_names[0],
             "name": name,
@@ -151,21 +175,15 @@ class LocalDeployment:
             "device": device,
         }
 
-    def _spec(
-        self,
-        root: Path,
-        name: str,
-        program: str,
-        placed: Mapping[str, Any],
-        cores: Sequence[int] = (),
-    ) -> ProcessSpec:
+    def _start_server(
+        self, root: Path, name: str, module: str, options: Mapping[str, Any], cores: Sequence[int] = ()
+    ) -> ServerProcess:
         """Options travel in a file of the private directory: keys stay out of the process list."""
         announce = root / f"{name}.json"
-        options = {**options_of(program, self._settings), **placed, "announce": str(announce)}
         options_file = root / f"{name}.yaml"
-        options_file.write_text(yaml.safe_dump(options, sort_keys=False), "utf-8")
-        module = program if program == "router" else f"{program}_server"
-        return ProcessSpec(name, module, ["--config", str(options_file)], announce, cores)
+        options_file.write_text(yaml.safe_dump({**options, "announce": str(announce)}, sort_keys=False), "utf-8")
+        spec = ProcessSpec(name, module, ["--config", str(options_file)], announce, cores)
+        return ServerProcess(spec, self._echo)
 
     def _wait_until_ready(self, deadline: float) -> None:
         self._wait(deadline, lambda: ", ".join(each.name for each in self.processes if each.announcement() is None))
@@ -232,10 +250,9 @@ def _on_signals(action: Callable[[], None]) -> Iterator[None]:
 
 
 def _ready_line(deployment: LocalDeployment, settings: ServeSettings) -> str:
-    return (
-        f"ready at {deployment.address} model {settings.model_names[0]}"
-        f" vision x{settings.vision_servers} language x{settings.language_servers}"
-    )
+    tiers = f"vision x{settings.vision_servers} language x{settings.language_servers}"
+    servers = "colocated x1" if settings.colocated else tiers
+    return f"ready at {deployment.address} model {settings.model_names[0]} {servers}"
 
 
 def _vision_nice(settings: ServeSettings, device: str) -> int:

@@ -2,11 +2,12 @@
 
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
 
-from pydantic import BeforeValidator, SecretStr, create_model
+from pydantic import BeforeValidator, SecretStr, create_model, model_validator
 
 from common.service.errors import ConfigError
+from common.service.program import ServerSettings
 from common.service.settings import Field, Settings
 from language_server.settings import LanguageSettings
 from router.settings import RouterSettings
@@ -26,6 +27,11 @@ PLACED: Final = frozenset(
         *("config", "dump_config", "announce", "name", "listen", "feature_listen", "uds", "vision", "language"),
         *("model", "served_model_name", "nice"),
     }
+)
+# What divides the two tiers: senseless where they are one.
+_DIVIDING: Final = (
+    *("vision_servers", "language_servers", "vision_devices", "language_devices", "vision_cores", "language_cores"),
+    *("vision_nice", "transports"),
 )
 
 
@@ -74,6 +80,9 @@ class _ServeOptions(Settings):
     )
     vision_servers: int = Field(1, ge=1, le=64, description="vision servers to start")
     language_servers: int = Field(1, ge=1, le=64, description="language servers to start")
+    colocated: bool = Field(
+        False, description="vision and language in one process, one after the other: the baseline to compare with"
+    )
     device: str = Field("auto", description="of both tiers: auto, cpu, cuda, cuda:1, ...")
     vision_devices: list[str] = Field([], description="devices the vision servers take in turn, instead of --device")
     language_devices: list[str] = Field([], description="devices the language servers take in turn")
@@ -87,6 +96,15 @@ class _ServeOptions(Settings):
     )
     startup_timeout: float = Field(1800.0, gt=0, description="seconds until everything must be ready")
     shutdown_timeout: float = Field(60.0, gt=0, description="seconds running requests get to end on shutdown")
+
+    @model_validator(mode="after")
+    def _what_is_one_cannot_be_divided(self) -> Self:
+        for name in _DIVIDING if self.colocated else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                flag = "--" + name.replace("_", "-")
+                # Not a ValueError: pydantic would show all options beside the message.
+                raise ConfigError(f"{flag} cannot be combined with --colocated: both tiers are one process then")
+        return self
 
     @property
     def model_names(self) -> list[str]:
@@ -121,10 +139,22 @@ else:
     )
 
 
+class ColocatedSettings(ServerSettings):
+    """A vision and a language server in one process. ``dvd serve --colocated`` writes them."""
+
+    program: ClassVar[str] = "python -m deploy.colocated"
+
+    name: str = Field("colocated", description="name of this process in its announcement")
+    metrics_listen: str | None = Field("127.0.0.1:0", description="host:port of /metrics; null switches it off")
+    vision: VisionSettings = Field(description="options of `dvd vision`")
+    language: LanguageSettings = Field(description="options of `dvd language`")
+
+
 def options_of(program: str, settings: ServeSettings) -> dict[str, Any]:
     """What ``settings`` says to one program, ready for its options file; what they do not say keeps its default."""
+    declared = ColocatedSettings if program == "colocated" else PROGRAMS[program]
     said = settings.model_fields_set - PLACED
-    names = [name for name in PROGRAMS[program].model_fields if name in said]
+    names = [name for name in declared.model_fields if name in said]
     return {name: _plain(getattr(settings, name)) for name in names}
 
 

@@ -78,6 +78,7 @@ class EngineStats:
     num_preemptions: int  # since start
     num_step_tokens: int  # of the last step; 0: nothing could run
     num_step_sequences: int
+    num_step_decodes: int  # of them, those that generate
 
 
 class LanguageEngine:
@@ -106,6 +107,20 @@ class LanguageEngine:
         self._already_finished: list[StepOutput] = []
         self._num_step_tokens = 0
         self._num_step_sequences = 0
+        self._num_step_decodes = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._runner.device
+
+    @property
+    def decode_threads(self) -> int | None:
+        """CPU threads of a step in which no prompt runs; None: as any other step."""
+        return self._runner.decode_threads
+
+    @decode_threads.setter
+    def decode_threads(self, num_threads: int | None) -> None:
+        self._runner.decode_threads = num_threads
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -135,16 +150,17 @@ class LanguageEngine:
         """Whether ``step`` could do something, now or once features have arrived."""
         return bool(self._sequences or self._already_finished)
 
-    def step(self) -> list[StepOutput]:
-        """Run one batch.
+    def step(self, max_prefill_tokens: int | None = None) -> list[StepOutput]:
+        """Run one batch, with at most ``max_prefill_tokens`` prompt tokens beside sequences that generate.
 
         No outputs do not mean no progress: a long prompt takes several steps. ``EngineStats.num_step_tokens`` is 0 when
         every sequence waits for features.
         """
         outputs, self._already_finished = self._already_finished, []
-        batch = self._prepare(self._scheduler.schedule(), outputs)
+        batch = self._prepare(self._scheduler.schedule(max_prefill_tokens), outputs)
         self._num_step_tokens = sum(prepared.chunk.num_tokens for prepared in batch)
         self._num_step_sequences = len(batch)
+        self._num_step_decodes = sum(prepared.chunk.sequence.is_decoding for prepared in batch)
         if batch:
             logits = self._runner.run(batch)
             self._process(batch, logits, outputs)
@@ -170,6 +186,7 @@ class LanguageEngine:
             num_preemptions=scheduler.num_preemptions,
             num_step_tokens=self._num_step_tokens,
             num_step_sequences=self._num_step_sequences,
+            num_step_decodes=self._num_step_decodes,
         )
 
     def _num_kv_blocks(self, backbone: LanguageBackbone, block_size: int) -> int:

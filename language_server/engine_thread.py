@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Protocol, TypeVar
 
 from common.service import metrics
 from common.service.errors import DvdError, Overloaded, Unavailable
 from language_server.engine import EngineStats, LanguageEngine, StepOutput
+from language_server.pace import PrefillPace
 from language_server.sequence import Sequence, SequenceStatus
 
 _IDLE_SECONDS: Final = 0.5
@@ -50,11 +52,22 @@ class EngineThread:
     Args:
         max_num_live: sequences inside at once, waiting or running; this bounds every queue here.
         on_progress: called from the thread after every step, and twice a second while it has nothing to do.
+        turn: entered for each step, before its sequences are chosen: whoever shares the device may be using it.
+        max_prefill_stretch: how many times as long a step may take because prompts run beside sequences that generate.
     """
 
-    def __init__(self, max_num_live: int, *, on_progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        max_num_live: int,
+        *,
+        on_progress: Callable[[], None] = lambda: None,
+        turn: AbstractContextManager[None] | None = None,
+        max_prefill_stretch: float = 2.0,
+    ) -> None:
         self._max_num_live = max_num_live
         self._on_progress = on_progress
+        self._turn = turn or nullcontext()
+        self._pace = PrefillPace(max_prefill_stretch)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._sinks: dict[int, SequenceSink] = {}
         self._wake = threading.Condition()  # guards the five fields below
@@ -167,18 +180,26 @@ class EngineThread:
     # --- in the thread
 
     def _run(self) -> None:
-        while self._take_commands():
-            started = time.monotonic()
-            outputs = self._engine.step()
-            self._publish(started, outputs)
+        while self._wait_for_work():
+            with self._turn:
+                self._take_commands()
+                started = time.monotonic()
+                outputs = self._engine.step(self._pace.max_prefill_tokens)
+                ended = time.monotonic()
+            self._publish(started, ended, outputs)
             self._on_progress()
 
-    def _take_commands(self) -> bool:
-        """Wait for work and bring the engine up to date; False when the thread is to stop."""
+    def _wait_for_work(self) -> bool:
+        """False when the thread is to stop."""
         with self._wake:
             while not self._is_stopping and not self._can_step():
                 self._wake.wait(_IDLE_SECONDS)
                 self._on_progress()
+            return not self._is_stopping
+
+    def _take_commands(self) -> None:
+        """Bring the engine up to date."""
+        with self._wake:
             added, self._added = self._added, deque()
             aborted, self._aborted = self._aborted, deque()
             self._may_have_work = False
@@ -189,7 +210,6 @@ class EngineThread:
                 self._engine.abort(seq_id)
                 self._unstarted.pop(seq_id, None)
             self._loop.call_soon_threadsafe(on_done)
-        return not self._is_stopping
 
     def _can_step(self) -> bool:
         if self._added or self._aborted:
@@ -204,9 +224,10 @@ class EngineThread:
         else:
             self._unstarted[sequence.seq_id] = sequence
 
-    def _publish(self, when: float, outputs: list[StepOutput]) -> None:
-        """Send what a step brought to the event loop. ``when`` it began, monotonic seconds."""
+    def _publish(self, when: float, ended: float, outputs: list[StepOutput]) -> None:
+        """Send what a step brought to the event loop. It ran from ``when`` to ``ended``, monotonic seconds."""
         self.stats = stats = self._engine.stats()
+        self._pace.observe(stats.num_step_decodes, stats.num_step_tokens - stats.num_step_decodes, ended - when)
         self._count(stats)
         has_moved = bool(outputs) or stats.num_step_tokens > 0
         with self._wake:

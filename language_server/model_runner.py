@@ -4,7 +4,9 @@
 through the model. Knows nothing of scheduling policy or sampling.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -42,6 +44,11 @@ class ModelRunner:
         self._cache = cache
         self._attention = attention
         self._embeds = embeds
+        self.decode_threads: int | None = None  # CPU threads of a step in which no prompt runs; None: all
+
+    @property
+    def device(self) -> torch.device:
+        return self._backbone.device
 
     def prepare(self, chunk: ScheduledChunk) -> PreparedChunk:
         """Collect the image rows a chunk needs. Raises DvdError if they do not fit its placeholders."""
@@ -60,10 +67,24 @@ class ModelRunner:
     def run(self, batch: Items[PreparedChunk]) -> torch.Tensor:
         """Compute one step. Chunks of one token come first. Returns logits [num_sampled, vocab_size] float32: a row
         for each chunk that is sampled, in order."""
-        layout = self._layout([prepared.chunk for prepared in batch])
-        context = ForwardContext.of(layout, self._cache, self._attention)
-        hidden = self._backbone.forward(self._inputs_embeds(batch), context)
-        return self._backbone.logits(hidden.index_select(0, self._sampled_rows(batch)))
+        with self._threads_for(batch):
+            layout = self._layout([prepared.chunk for prepared in batch])
+            context = ForwardContext.of(layout, self._cache, self._attention)
+            hidden = self._backbone.forward(self._inputs_embeds(batch), context)
+            return self._backbone.logits(hidden.index_select(0, self._sampled_rows(batch)))
+
+    @contextmanager
+    def _threads_for(self, batch: Items[PreparedChunk]) -> Iterator[None]:
+        """``decode_threads`` where no prompt runs. Put back at once: other threads of this process take it over."""
+        usual = torch.get_num_threads()
+        if self.decode_threads in (None, usual) or any(prepared.chunk.num_tokens > 1 for prepared in batch):
+            yield
+            return
+        torch.set_num_threads(self.decode_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(usual)
 
     def _layout(self, chunks: Items[ScheduledChunk]) -> BatchLayout:
         tables = [chunk.sequence.block_table for chunk in chunks]

@@ -1,8 +1,9 @@
 """Which tokens of which sequences run in the next step.
 
-Continuous batching under one token budget. Sequences that generate go first, so prefill never delays them; what is left
-of the budget goes to prompts in chunks. Text-only sequences and sequences with images take turns at being first, so
-neither can starve the other. A prompt is prefilled only up to its first image row that has not arrived.
+Continuous batching under one token budget. Sequences that generate go first; what is left of the budget, or less where
+they would wait too long for the step's end, goes to prompts in chunks. Text-only sequences and sequences with images
+take turns at being first, so neither can starve the other. A prompt is prefilled only up to its first image row that
+has not arrived.
 
 When blocks run out, a generating sequence takes them from sequences that wait for features, then from those admitted
 after it; the victim forgets its KV and is prefilled again later. The oldest sequence that can run always proceeds.
@@ -105,17 +106,23 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         self.blocks.free(sequence)
 
-    def schedule(self) -> list[ScheduledChunk]:
-        """The next step; empty when every sequence waits for features, or there is none."""
-        plan = self._make_plan(admit=True)
+    def schedule(self, max_prefill_tokens: int | None = None) -> list[ScheduledChunk]:
+        """The next step; empty when every sequence waits for features, or there is none.
+
+        ``max_prefill_tokens`` bounds the prompt tokens of a step in which sequences generate, who wait for its end.
+        """
+        plan = self._make_plan(max_prefill_tokens, admit=True)
         while not plan.chunks and self._break_deadlock():
-            plan = self._make_plan(admit=False)  # the freed blocks are for those that run already
+            # The freed blocks are for those that run already.
+            plan = self._make_plan(max_prefill_tokens, admit=False)
         return plan.chunks
 
-    def _make_plan(self, *, admit: bool) -> _Plan:
+    def _make_plan(self, max_prefill_tokens: int | None, *, admit: bool) -> _Plan:
         plan = _Plan(self._max_num_batched_tokens)
         self._images_first = not self._images_first
         self._schedule_decodes(plan)
+        if plan.chunks and max_prefill_tokens is not None:
+            plan.budget = min(plan.budget, max_prefill_tokens)
         for has_images in (self._images_first, not self._images_first):
             self._schedule_prefills(plan, has_images)
             if admit:

@@ -8,14 +8,16 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Any, Final, TypeAlias
 
 import grpc.aio
 import torch
 
+from common.model import memory
 from common.model.checkpoint import Checkpoint
 from common.model.config import InternVLConfig, load_config
 from common.model.device import choose_device, choose_dtype
@@ -24,9 +26,11 @@ from common.service.errors import Cancelled, ConfigError, Overloaded, Unavailabl
 from common.service.health import add_health
 from common.service.program import Progress
 from common.service.status import StatusBoard
+from common.transport.base import FeatureReceiver
 from common.transport.listen import PRIVATE_DIRECTORY
 from common.transport.select import make_receiver
 from language_server.backbone import load_backbone
+from language_server.cpu_threads import SHARED_CORES_TOLERANCE, tune_decode_threads
 from language_server.engine import EngineConfig, EngineStats, LanguageEngine
 from language_server.engine_thread import EngineThread
 from language_server.feature_image import FeatureLayout
@@ -53,6 +57,7 @@ from protos.status_pb2 import (
 log = logging.getLogger(__name__)
 
 MAX_CHOICES: Final = 64
+_TITLE: Final = "language server"
 _TOKENISING_THREADS: Final = 2
 _STOP_SECONDS: Final = 10.0
 _LINGER_SECONDS: Final = 0.25
@@ -111,15 +116,27 @@ class LanguageServicer(language_pb2_grpc.LanguageServicer):
 
 
 class LanguageServer:
-    """All parts of one language server. Construction reads headers only; raises StartupError on what cannot work."""
+    """All parts of one language server. Construction reads headers only; raises StartupError on what cannot work.
 
-    def __init__(self, settings: LanguageSettings) -> None:
+    Args:
+        receivers: take frames, best first, instead of the transports that ``settings`` name.
+        turn: of whoever computes on the same device in this process; entered for each step.
+    """
+
+    def __init__(
+        self,
+        settings: LanguageSettings,
+        *,
+        receivers: Sequence[FeatureReceiver] | None = None,
+        turn: AbstractContextManager[None] | None = None,
+    ) -> None:
         self.settings = settings
         self.config = load_config(settings.model)
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
         self.max_model_len = _max_model_len(settings, self.config)
         self._checkpoint = Checkpoint.open(settings.model)
+        _check_memory(settings, memory.weight_bytes(self._checkpoint, "language", self.dtype), self.device)
         self._fingerprint = self._checkpoint.fingerprint(self.config)
         self._tokenizer = Tokenizer.load(settings.model)
         self._prompts = PromptBuilder(self._tokenizer, self.config.template, self.config.system_message)
@@ -129,31 +146,37 @@ class LanguageServer:
             settings.name, self._fingerprint, self._model_info, self._load_report, self._metrics_address
         )
         max_num_live = settings.max_num_seqs + settings.max_num_waiting
-        self.engine = EngineThread(max_num_live, on_progress=self.board.bump)
+        self.engine = EngineThread(
+            max_num_live,
+            on_progress=self.board.bump,
+            turn=turn,
+            max_prefill_stretch=settings.max_prefill_stretch,
+        )
         self.features = FeatureStore(self._feature_layout(), settings.feature_bytes, on_ready=self.engine.wake)
-        self._receivers = [
-            make_receiver(transport, _nth_port(settings.feature_listen, index))
-            for index, transport in enumerate(settings.transports)
-        ]
+        self._receivers = _make_receivers(settings) if receivers is None else receivers
         self._servicer = LanguageServicer(self.board, settings.request_timeout, max_num_live)
         self._grpc = rpc.make_server()
         add_health(self._grpc, self.board)
         language_pb2_grpc.add_LanguageServicer_to_server(self._servicer, self._grpc)  # type: ignore[no-untyped-call]
         self._tokenising = ThreadPoolExecutor(_TOKENISING_THREADS, thread_name_prefix="tokenise")
+        # Whoever takes turns with us leaves its cores idle during ours.
+        self._threads_tolerance = SHARED_CORES_TOLERANCE if turn is None else 1.0
         self._is_load_aborted = threading.Event()
+        self._deliver_to: list[Endpoint] = []
         self.address = ""
 
     async def start(self) -> None:
         """Listen, answering that the server is not ready. Raises ConfigError if the address cannot be had."""
         self.address = rpc.bind(self._grpc, self.settings.listen)
+        self._deliver_to = [await receiver.start(self.features) for receiver in self._receivers]
         await self._grpc.start()
 
     async def load(self, progress: Progress = lambda done, total: None) -> None:
         """Read the weights, make the engine, run one token to warm up, and open the doors.
 
         Raises:
-            CheckpointError: the checkpoint does not fit.
-            ConfigError: the options do not fit the device, or an address cannot be had.
+            CheckpointError: the checkpoint does not fit its config.
+            ConfigError: the options do not fit the device, or memory ran out.
             Cancelled: ``abort_load`` was called.
         """
 
@@ -164,14 +187,15 @@ class LanguageServer:
             progress(done, total)
 
         started = time.monotonic()
-        engine = await self.engine.call(lambda: self._make_engine(watched))
-        loaded = time.monotonic()
-        await self.engine.call(engine.warm_up)
+        with memory.explained(_TITLE, self.device):
+            engine = await self.engine.call(lambda: self._make_engine(watched))
+            loaded = time.monotonic()
+            await self.engine.call(engine.warm_up)
+        await self.engine.call(lambda: tune_decode_threads(engine, self._threads_tolerance))
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
         self.engine.start(engine)
-        deliver_to = [await receiver.start(self.features) for receiver in self._receivers]
-        self._servicer.backend = self._make_backend(deliver_to, engine.max_model_len)
+        self._servicer.backend = self._make_backend(self._deliver_to, engine.max_model_len)
         self._model_info.max_model_len = engine.max_model_len  # less where KV memory is short
         self._export_gauges()
         self.board.state = WORKER_STATE_READY
@@ -310,6 +334,24 @@ class LanguageServer:
         metrics.LANGUAGE_KV_CACHE_USAGE_RATIO.set_function(
             of_last_step(lambda stats: 1 - stats.num_free_blocks / stats.num_total_blocks)
         )
+
+
+def _check_memory(settings: LanguageSettings, weights: int, device: torch.device) -> None:
+    """KV and feature memory that nobody asked for take what is left. Features lie in host memory on every device."""
+    kv = {"weights": weights, "--kv-cache-bytes": settings.kv_cache_bytes or 0}
+    features = {"--feature-bytes": settings.feature_bytes if "feature_bytes" in settings.model_fields_set else 0}
+    if device.type == "cuda":
+        memory.check_fits(_TITLE, kv, device)
+        memory.check_fits(_TITLE, features, torch.device("cpu"))
+    else:
+        memory.check_fits(_TITLE, kv | features, device)
+
+
+def _make_receivers(settings: LanguageSettings) -> list[FeatureReceiver]:
+    return [
+        make_receiver(transport, _nth_port(settings.feature_listen, index))
+        for index, transport in enumerate(settings.transports)
+    ]
 
 
 def _nth_port(listen: str, index: int) -> str:

@@ -31,6 +31,12 @@ class LanguageSettings(ServerSettings):
     )
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step")
+    max_prefill_stretch: float = Field(
+        2.0,
+        gt=1,
+        description="how many times as long a step may take because prompts run beside sequences that generate: less"
+        " keeps tokens even, more reads prompts sooner",
+    )
     max_num_waiting: int = Field(256, ge=1, description="sequences admitted but not in the batch; more are refused")
     block_size: int | None = Field(
         None, ge=1, description="tokens per block of KV memory; default: as attention likes it"

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
@@ -59,6 +60,7 @@ class _Job:
     tiles: Tiles
     dtype: torch.dtype
     results: asyncio.Queue[EncodedGroup | DvdError]
+    num_waiting: int  # tiles not yet in a batch
 
 
 class ComputeThread:
@@ -66,14 +68,21 @@ class ComputeThread:
 
     Args:
         on_progress: called from the thread at least every half second while it is alive inside.
+        turn: entered for each batch, before its tiles are chosen: whoever shares the device may be using it.
     """
 
     def __init__(
-        self, encoder: TileEncoder, batcher: Batcher, *, on_progress: Callable[[], None] = lambda: None
+        self,
+        encoder: TileEncoder,
+        batcher: Batcher,
+        *,
+        on_progress: Callable[[], None] = lambda: None,
+        turn: AbstractContextManager[None] | None = None,
     ) -> None:
         self._encoder = encoder
         self._batcher = batcher
         self._on_progress = on_progress
+        self._turn = turn or nullcontext()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._wake = threading.Condition()  # guards the batcher, the jobs and the two fields below
         self._jobs: dict[ImageId, _Job] = {}
@@ -160,7 +169,8 @@ class ComputeThread:
             InternalError: the device failed on this image.
             Unavailable: the thread has died.
         """
-        job = _Job(tiles, dtype, asyncio.Queue(len(tiles) + 1))  # one result per tile at most, and the thread's death
+        results: asyncio.Queue[EncodedGroup | DvdError] = asyncio.Queue(len(tiles) + 1)  # a tile each, and our death
+        job = _Job(tiles, dtype, results, num_waiting=len(tiles))
         if self.ended.done():
             raise _died()
         with self._wake:
@@ -189,21 +199,29 @@ class ComputeThread:
     # --- in the thread
 
     def _run(self) -> None:
-        while groups := self._next_batch():
-            self._encode_batch(groups)
+        while self._wait_for_tiles():
+            with self._turn:
+                self._encode_batch(self._next_batch())
             self._running_tiles = 0
             self._on_progress()
 
-    def _next_batch(self) -> list[TileGroup]:
-        """Wait for tiles; empty when the thread is to stop."""
+    def _wait_for_tiles(self) -> bool:
+        """False when the thread is to stop."""
         with self._wake:
-            while not self._is_stopping:
-                if groups := self._batcher.take():
-                    self._running_tiles = sum(group.num_tiles for group in groups)
-                    return groups
+            while not self._is_stopping and not any(job.num_waiting for job in self._jobs.values()):
                 self._wake.wait(_IDLE_SECONDS)
                 self._on_progress()
-            return []
+            return not self._is_stopping
+
+    def _next_batch(self) -> list[TileGroup]:
+        """What is ready now; empty when its images have left, or the thread is to stop."""
+        with self._wake:
+            groups = [] if self._is_stopping else self._batcher.take()
+            self._running_tiles = sum(group.num_tiles for group in groups)
+            for group in groups:
+                if (job := self._jobs.get(group.image)) is not None:
+                    job.num_waiting -= group.num_tiles
+            return groups
 
     def _encode_batch(self, groups: list[TileGroup]) -> None:
         """One pass over the batch; what fails together is tried again apart, once."""

@@ -7,8 +7,10 @@ import asyncio
 import logging
 import threading
 import time
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 
+from common.model import memory
 from common.model.checkpoint import Checkpoint
 from common.model.config import InternVLConfig, load_config
 from common.service import announce, metrics, rpc
@@ -27,11 +29,12 @@ from protos.status_pb2 import (
 from vision_server.batcher import Batcher
 from vision_server.compute import ComputeThread
 from vision_server.encoder import VisionEncoder
-from vision_server.servicer import VisionServicer
+from vision_server.servicer import FrameCourier, VisionServicer
 from vision_server.settings import VisionSettings
 
 log = logging.getLogger(__name__)
 
+_TITLE = "vision server"
 _LINGER_SECONDS = 0.25
 """For replies already made to reach their callers; ``WatchStatus`` streams would never end by themselves."""
 _STOP_SECONDS = 5.0
@@ -39,22 +42,38 @@ _STOP_SECONDS = 5.0
 
 
 class VisionServer:
-    """All parts of one vision server. Construction reads headers only, and raises StartupError on what cannot work."""
+    """All parts of one vision server. Construction reads headers only, and raises StartupError on what cannot work.
 
-    def __init__(self, settings: VisionSettings) -> None:
+    Args:
+        courier: delivers frames, instead of the transports that ``settings`` name.
+        turn: of whoever computes on the same device in this process; entered for each batch.
+    """
+
+    def __init__(
+        self,
+        settings: VisionSettings,
+        *,
+        courier: FrameCourier | None = None,
+        turn: AbstractContextManager[None] | None = None,
+    ) -> None:
         self.settings = settings
         self.config = load_config(settings.model)
-        fingerprint = Checkpoint.open(settings.model).fingerprint(self.config)
+        checkpoint = Checkpoint.open(settings.model)
+        fingerprint = checkpoint.fingerprint(self.config)
         self._metrics_address = _start_metrics(settings)
         self.board = StatusBoard(
             settings.name, fingerprint, _model_info(settings, self.config), self._load_report, self._metrics_address
         )
         self.encoder = VisionEncoder(self.config, settings.device, settings.dtype, on_progress=self.board.bump)
+        weights = memory.weight_bytes(checkpoint, "vision", self.encoder.dtype)
+        memory.check_fits(_TITLE, {"weights": weights}, self.encoder.device)
         batch_tiles = settings.max_batch_tiles or self.encoder.preferred_batch_tiles
         batcher = Batcher(min(batch_tiles, settings.max_queued_tiles), settings.max_queued_tiles)
-        self.compute = ComputeThread(self.encoder, batcher, on_progress=self.board.bump)
+        self.compute = ComputeThread(self.encoder, batcher, on_progress=self.board.bump, turn=turn)
         self._senders = SenderPool(transports=settings.transports)
-        self._servicer = VisionServicer(settings, self.config, fingerprint, self.compute, self._senders, self.board)
+        self._servicer = VisionServicer(
+            settings, self.config, fingerprint, self.compute, courier or self._senders, self.board
+        )
         self._grpc = rpc.make_server()
         add_health(self._grpc, self.board)
         vision_pb2_grpc.add_VisionServicer_to_server(self._servicer, self._grpc)  # type: ignore[no-untyped-call]
@@ -73,7 +92,8 @@ class VisionServer:
         """Read the weights, encode one tile to warm up, and open the doors.
 
         Raises:
-            CheckpointError: the checkpoint does not fit.
+            CheckpointError: the checkpoint does not fit its config.
+            ConfigError: memory ran out.
             Cancelled: ``abort_load`` was called.
         """
 
@@ -84,9 +104,10 @@ class VisionServer:
             progress(done, total)
 
         started = time.monotonic()
-        await self.compute.call(lambda: self.encoder.load(self.settings.model, watched))
-        loaded = time.monotonic()
-        await self.compute.call(self.encoder.warm_up)
+        with memory.explained(_TITLE, self.encoder.device):
+            await self.compute.call(lambda: self.encoder.load(self.settings.model, watched))
+            loaded = time.monotonic()
+            await self.compute.call(self.encoder.warm_up)
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
         self.compute.start()

@@ -1,4 +1,4 @@
-"""The last proof: three processes give, token for token, what the undivided transformers model gives in FP32."""
+"""The last proof: the programs give, token for token, what the undivided transformers model gives in FP32."""
 
 import asyncio
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ NUM_TOKENS = 12
 
 @dataclass(frozen=True)
 class System:
-    """One checkpoint served by three processes, and the same checkpoint in one piece."""
+    """One checkpoint served as its parts, and the same checkpoint in one piece."""
 
     address: str
     model: object
@@ -47,21 +47,22 @@ def message(turn: Turn) -> dict:
 
 # Odd head counts, both ViT styles, all three layouts on disk, both transports; seeds whose replies are not monotonous.
 CASES = {
-    "github 300M qwen3 zmq": ("github", VISION_300M, "qwen3", "zmq", 1, 7),
-    "hf 6B qwen2 grpc sharded": ("hf", VISION_6B, "qwen2", "grpc", 3, 11),
-    "legacy 300M moe zmq sharded": ("hf_legacy", VISION_300M, "qwen3_moe", "zmq", 2, 7),
+    "github 300M qwen3 zmq": ("github", VISION_300M, "qwen3", {"transports": ["zmq"]}, 1, 7),
+    "hf 6B qwen2 grpc sharded": ("hf", VISION_6B, "qwen2", {"transports": ["grpc"]}, 3, 11),
+    "legacy 300M moe zmq sharded": ("hf_legacy", VISION_300M, "qwen3_moe", {"transports": ["zmq"]}, 2, 7),
+    "hf 6B qwen2 colocated": ("hf", VISION_6B, "qwen2", {"colocated": True}, 1, 11),
 }
 
 
 @pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
 def system(request, tmp_path_factory):
-    layout, vision, text, transport, shards, seed = request.param
+    layout, vision, text, options, shards, seed = request.param
     path = tmp_path_factory.mktemp("checkpoint")
     checkpoint = make_checkpoint(path, layout=layout, vision=vision, text=text, shards=shards, seed=seed)
     default = (
         "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
     )
-    with serve(str(path), served_model_name=["parity"], dtype="float32", transports=[transport]) as deployment:
+    with serve(str(path), served_model_name=["parity"], dtype="float32", **options) as deployment:
         yield System(
             deployment.address, checkpoint.reference(), checkpoint.tokenizer, default if layout == "github" else None
         )

@@ -4,7 +4,8 @@ from functools import lru_cache
 
 import torch
 
-from language_server.backbone import LanguageBackbone, build_model
+from language_server import backbone
+from language_server.backbone import build_model
 from tests import checkpoints
 
 # Tiny matrices: a second thread only waits for the first, and on a busy machine it waits for whole time slices.
@@ -29,7 +30,7 @@ def make_backbone(model, dtype=torch.float32):
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             parameter.copy_(source[name])
-    return LanguageBackbone(built)
+    return backbone.make_backbone(built)
 
 
 def reference_logits(model, token_ids):

@@ -25,6 +25,8 @@ class FakeEngine:
         self.is_ready = True
         self.failure = None
         self.has_run = False
+        self.allowed = []
+        self.num_prefill_tokens = 0
 
     def add(self, sequence):
         if self.failure is not None:
@@ -37,8 +39,9 @@ class FakeEngine:
     def has_work(self):
         return bool(self.sequences)
 
-    def step(self):
+    def step(self, max_prefill_tokens=None):
         self.num_steps += 1
+        self.allowed.append(max_prefill_tokens)
         self.has_run = self.is_ready and self.has_work()
         if not self.has_run:
             return []
@@ -47,7 +50,10 @@ class FakeEngine:
         return [StepOutput(seq_id, token_id=self.num_steps) for seq_id in self.sequences]
 
     def stats(self):
-        return dataclasses.replace(NO_STATS, num_step_tokens=int(self.has_run))
+        num_decodes = int(self.has_run)
+        return dataclasses.replace(
+            NO_STATS, num_step_tokens=num_decodes + self.num_prefill_tokens, num_step_decodes=num_decodes
+        )
 
 
 class Sink:
@@ -100,6 +106,16 @@ async def test_an_engine_that_can_do_nothing_is_left_alone_until_something_arriv
     thread._engine.is_ready = True
     thread.wake()
     await eventually(lambda: sink.outputs)
+
+
+async def test_what_steps_took_bounds_the_prompts_beside_decodes(thread):
+    sink = Sink()
+    thread.add([sequence(1)], sink)
+    await eventually(lambda: thread._engine.num_steps > 5)
+    assert set(thread._engine.allowed) == {None}  # no prompt has been seen
+    thread._engine.num_prefill_tokens = 100_000
+    await eventually(lambda: thread._engine.allowed[-1] is not None)
+    assert thread._engine.allowed[-1] < 100_000
 
 
 async def test_the_engine_waits_for_a_slow_event_loop(thread, monkeypatch):

@@ -393,7 +393,7 @@ async def test_when_the_engine_dies_every_request_is_told(start_system, images, 
             await call.read()
         await eventually(lambda: system.server.engine.num_live == 2)
 
-        def step():
+        def step(max_prefill_tokens):
             raise RuntimeError("device lost")
 
         monkeypatch.setattr(system.server.engine._engine, "step", step)

@@ -46,9 +46,9 @@ class World:
     def deliver(self, sequence, num_rows):
         self.readiness.rows[sequence.request_id, 0] = num_rows
 
-    def step(self):
+    def step(self, max_prefill_tokens=None):
         """Run one step; returns tokens by seq_id."""
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule(max_prefill_tokens)
         for chunk in chunks:
             assert chunk.start == chunk.sequence.num_computed_tokens
             assert len(chunk.sequence.block_table) == self.blocks.blocks_needed(chunk.end)
@@ -74,6 +74,14 @@ def test_a_long_prompt_is_prefilled_in_chunks_within_the_budget():
     assert [world.step() for _ in range(3)] == [{0: 16}, {0: 16}, {0: 8}]
     assert sequence.output_token_ids == [7]
     assert world.step() == {0: 1}
+
+
+def test_prompts_are_held_back_only_beside_sequences_that_generate():
+    world = World(budget=16)
+    world.add(10)
+    assert world.step(max_prefill_tokens=4) == {0: 10}
+    world.add(10)
+    assert [world.step(max_prefill_tokens=4) for _ in range(3)] == [{0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 2}]
 
 
 def test_decode_goes_first_and_shares_the_step_with_prefill():
