@@ -1,19 +1,28 @@
 """``python -m benchmarks NAME``: run one benchmark; without a name, list them."""
 
+import importlib
 import sys
+from typing import Final
 
-from benchmarks import cancel, latency
+from benchmarks.settings import require_extra
+from common.service.errors import DvdError
 
-BENCHMARKS = {"cancel": cancel.main, "latency": latency.main}
+BENCHMARKS: Final = ("cancel", "compare", "gpu_shapes", "latency", "overhead", "page")
+"""Modules of this package, each with a ``main(argv)``."""
 
 
-def main() -> None:
-    if len(sys.argv) > 1 and sys.argv[1] in BENCHMARKS:
-        BENCHMARKS[sys.argv[1]](sys.argv[2:])
-        return
-    known = "\n".join(f"  {name}" for name in BENCHMARKS)
-    sys.exit(f"usage: python -m benchmarks NAME [OPTIONS], where NAME is one of\n{known}")
+def main() -> int | None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in BENCHMARKS:
+        known = "\n".join(f"  {each}" for each in BENCHMARKS)
+        sys.exit(f"usage: python -m benchmarks NAME [OPTIONS], where NAME is one of\n{known}")
+    try:
+        require_extra()
+        status: int | None = importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
+        return status
+    except DvdError as error:
+        sys.exit(f"python -m benchmarks: error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

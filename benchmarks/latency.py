@@ -3,30 +3,39 @@
     python -m benchmarks latency --model nano --requests 24 --concurrency 1,8
 
 Prints one table and writes the raw figures beside command, versions and hardware. Every request carries pictures nobody
-has sent before (image repeat ratio 0), so no cache answers for an encoder.
+has sent before (image repeat ratio 0), so no cache answers for an encoder. The client is that of ``dvd bench serve``.
 """
 
 import argparse
-import asyncio
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-import httpx
-import msgspec
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arrivals import ClosedLoop
+from benchmarks.measures import completed
+from benchmarks.plan import Phase, Plan, Source, Target
+from benchmarks.progress import ProgressBar
 from benchmarks.record import write_record
-from benchmarks.workload import chat_body, noise_image
+from benchmarks.runner import run
+from benchmarks.samples import PhaseResult, Sample
+from benchmarks.stages import server_stages
+from benchmarks.workload import Size, Workload, fixed
+from common.service.errors import Unavailable
 from deploy.local import LocalDeployment
 from deploy.settings import ServeSettings, model_directory
 
-STAGES = ("vision", "transfer", "language")
+STAGES: Final = {
+    "vision": ("decode_ms", "vision_queue_ms", "encode_ms"),
+    "transfer": ("transfer_ms",),
+    "language": ("prefill_ms",),
+}
+_INPUT_TOKENS: Final = 16
+_WARM_UP: Final = "warm-up of "
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,110 +46,78 @@ class Case:
     side: int | None
 
 
-@dataclass(slots=True)
-class Sample:
-    """One request. Seconds; ``stages`` in milliseconds, as the router reports them."""
-
-    time_to_first_token: float
-    duration: float
-    num_tokens: int
-    stages: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One case at one concurrency."""
+    """One case at one concurrency. Requests/s; medians in milliseconds; a stage that did not run is absent."""
 
     case: str
     concurrency: int
-    duration: float
-    samples: list[Sample]
-
-    @property
-    def requests_per_second(self) -> float:
-        return len(self.samples) / self.duration
-
-    def median(self, name: str) -> float:
-        return float(statistics.median(getattr(sample, name) for sample in self.samples))
-
-    def stage(self, name: str) -> float | None:
-        found = [sample.stages[name] for sample in self.samples if name in sample.stages]
-        return statistics.median(found) if found else None
-
-    @property
-    def time_per_output_token(self) -> float:
-        spans = [(s.duration - s.time_to_first_token) / max(1, s.num_tokens - 1) for s in self.samples]
-        return statistics.median(spans)
+    requests_per_second: float
+    time_to_first_token: float
+    time_per_output_token: float
+    stages: dict[str, float]
+    samples: list[dict[str, float]]
 
 
-CASES = (Case("text only", None), Case("448 px, 1 tile", 448), Case("896 px, 5 tiles", 896))
+CASES: Final = (Case("text only", None), Case("448 px, 1 tile", 448), Case("896 px, 5 tiles", 896))
 
 
-async def ask(client: httpx.AsyncClient, case: Case, seed: int, num_tokens: int) -> Sample:
-    """One streamed request; raises if the answer is not complete."""
-    images = [] if case.side is None else [noise_image(case.side, np.random.default_rng(seed))]
-    body = chat_body("What do you see?", images, max_tokens=num_tokens, ignore_eos=True, stream=True)
-    start = time.perf_counter()
-    first, tokens = 0.0, 0
-    metrics: dict[str, Any] = {}
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = msgspec.json.decode(line.removeprefix("data: "))
-            metrics = event.get("metrics") or metrics
-            for choice in event["choices"]:
-                if choice["finish_reason"] is None and "role" not in choice["delta"]:
-                    tokens += 1
-                    first = first or time.perf_counter()
-    if tokens == 0:
-        raise RuntimeError("an answer without tokens")
-    return Sample(first - start, time.perf_counter() - start, tokens, _stages(metrics.get("dvd", {})))
+def make_plan(concurrencies: Sequence[int], num_requests: int, num_tokens: int) -> Plan:
+    """For each case and concurrency a phase to warm up, one request for each client, and one to measure."""
+    phases: list[Phase] = []
+    for case in CASES:
+        sizes = ((Size(case.side, case.side), 1.0),) if case.side is not None else Workload().image_sizes
+        workload = Workload(
+            image_sizes=sizes,
+            text_only_share=1.0 if case.side is None else 0.0,
+            input_tokens=fixed(_INPUT_TOKENS),
+            output_tokens=fixed(num_tokens),
+            ignore_eos=True,
+        )
+        for concurrency in concurrencies:
+            for prefix, count in ((_WARM_UP, concurrency), ("", num_requests)):
+                source = Source(case.name, ClosedLoop(concurrency), workload, count)
+                phases.append(Phase(f"{prefix}{case.name}, {concurrency} at a time", (source,)))
+    return Plan(tuple(phases))
 
 
-def _stages(report: dict[str, float | None]) -> dict[str, float]:
-    """Milliseconds of the three stages of the pipeline; a stage that did not run is absent."""
-    parts = {
-        "vision": ("decode_ms", "vision_queue_ms", "encode_ms"),
-        "transfer": ("transfer_ms",),
-        "language": ("prefill_ms",),
-    }
-    found = {stage: [report.get(name) for name in names] for stage, names in parts.items()}
-    return {stage: sum(v for v in values if v is not None) for stage, values in found.items() if any(values)}
+def measure(model: str, plan: Plan) -> list[Row]:
+    """Start a system, run the plan, stop it. Raises Unavailable if a request fails."""
+    directory = str(model_directory(model))
+    settings = ServeSettings.model_validate({"model": directory, "port": 0, "enable_per_request_metrics": True})
+    with LocalDeployment(settings) as deployment:
+        result = run(plan, Target(deployment.address), ProgressBar(Console(stderr=True)))
+    return [_row(phase) for phase in result.phases if not phase.phase.name.startswith(_WARM_UP)]
 
 
-async def run_case(address: str, case: Case, concurrency: int, num_requests: int, num_tokens: int, seed: int) -> Row:
-    """A closed loop of ``concurrency`` clients."""
-    seeds = iter(range(seed, seed + num_requests))
-    samples: list[Sample] = []
+def _row(result: PhaseResult) -> Row:
+    failed = next((sample.failure for sample in result.samples if sample.failure is not None), None)
+    if failed is not None:
+        raise Unavailable(f"{result.phase.name}: a request failed: {failed} {failed.message}")
+    (source,) = result.phase.sources
+    assert isinstance(source.arrivals, ClosedLoop)  # as planned
+    samples = completed(result, result.samples)
+    stages = [_stages(sample) for sample in samples]
+    found = {name: [each[name] for each in stages if name in each] for name in STAGES}
+    return Row(
+        case=source.name,
+        concurrency=source.arrivals.concurrency,
+        requests_per_second=len(samples) / result.seconds,
+        time_to_first_token=1e3 * statistics.median(sample.ttft for sample in samples),
+        time_per_output_token=1e3 * statistics.median(sample.tpot or 0.0 for sample in samples),
+        stages={name: statistics.median(values) for name, values in found.items() if values},
+        samples=[
+            {"ttft": 1e3 * sample.ttft, "e2e": 1e3 * sample.e2e, "tokens": sample.output_tokens, **each}
+            for sample, each in zip(samples, stages, strict=True)
+        ],
+    )
 
-    async def loop(client: httpx.AsyncClient) -> None:
-        for own in seeds:
-            samples.append(await ask(client, case, own, num_tokens))
 
-    async with httpx.AsyncClient(base_url=address, timeout=600, trust_env=False) as client:
-        start = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(loop(client))
-        return Row(case.name, concurrency, time.perf_counter() - start, samples)
-
-
-def measure(arguments: argparse.Namespace) -> list[Row]:
-    model = str(model_directory(arguments.model))
-    settings = ServeSettings.model_validate({"model": model, "port": 0, "enable_per_request_metrics": True})
-    rows = []
-    with LocalDeployment(settings) as deployment, Console(stderr=True).status("measuring") as status:
-        for number, case in enumerate(CASES):
-            for concurrency in arguments.concurrency:
-                status.update(f"{case.name}, {concurrency} at a time")
-                seed = 1_000_000 * number + 1_000 * concurrency
-                warm_up = run_case(deployment.address, case, concurrency, concurrency, arguments.tokens, seed + 500_000)
-                asyncio.run(warm_up)
-                measured = run_case(deployment.address, case, concurrency, arguments.requests, arguments.tokens, seed)
-                rows.append(asyncio.run(measured))
-    return rows
+def _stages(sample: Sample) -> dict[str, float]:
+    """Milliseconds of the three stages of the pipeline."""
+    report = server_stages(sample)
+    parts = {stage: [report[n] for n in names if report.get(n) is not None] for stage, names in STAGES.items()}
+    return {stage: sum(values) for stage, values in parts.items() if values}
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -148,14 +125,13 @@ def print_table(rows: Sequence[Row]) -> None:
         "workload", "at once", "requests/s", "TTFT ms", "TPOT ms", "vision ms", "transmission ms", "prefill ms"
     )
     for row in rows:
-        stages = [row.stage(name) for name in STAGES]
         table.add_row(
             row.case,
             str(row.concurrency),
             f"{row.requests_per_second:.2f}",
-            f"{row.median('time_to_first_token') * 1000:.0f}",
-            f"{row.time_per_output_token * 1000:.1f}",
-            *("-" if value is None else f"{value:.1f}" for value in stages),
+            f"{row.time_to_first_token:.0f}",
+            f"{row.time_per_output_token:.1f}",
+            *(f"{row.stages[name]:.1f}" if name in row.stages else "-" for name in STAGES),
         )
     Console(width=120).print(table)
 
@@ -168,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=16, help="output tokens of each request")
     parser.add_argument("--results", type=Path, help="directory for the raw record")
     arguments = parser.parse_args(argv)
-    rows = measure(arguments)
+    rows = measure(arguments.model, make_plan(arguments.concurrency, arguments.requests, arguments.tokens))
     print_table(rows)
     if arguments.results:
         print(write_record(arguments.results, "latency", argv, [asdict(row) for row in rows]))

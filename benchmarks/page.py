@@ -1,0 +1,162 @@
+"""``python -m benchmarks page``: the records in ``benchmarks/results/`` as one page that compares them.
+
+Every record says which command made it, from which commit, on what. The page shows the newest first and adds nothing
+of its own; a record of a kind that it does not know is listed with its command.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from benchmarks.compare import by_system, comparison
+from benchmarks.gpu_shapes import comparison as shapes_compared
+from benchmarks.table18 import BASELINE, SIDES
+from benchmarks.tables import NONE, Table, number
+from common.service.errors import ConfigError
+
+RESULTS: Final = Path(__file__).parent / "results"
+_PAGE: Final = "README.md"
+_INTRODUCTION: Final = """\
+# Measured
+
+Made by `python -m benchmarks page` from the records in this folder. Machines differ from run to run and are shared with
+others: compare figures within one record only; ratios were measured side by side.
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks page", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the records")
+    arguments = parser.parse_args(argv)
+    path = arguments.results / _PAGE
+    path.write_text(page(arguments.results), "utf-8")
+    print(path)
+
+
+def page(folder: Path) -> str:
+    """Markdown of all records. Raises ConfigError for a file that is none."""
+    sections = [_section(path, _read(path)) for path in sorted(folder.glob("*.json"), reverse=True)]
+    return "\n".join([_INTRODUCTION, *sections])
+
+
+def _section(path: Path, record: Mapping[str, Any]) -> str:
+    hardware = record["hardware"]
+    where = f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_gib']} GiB"
+    where = ", ".join([where, *hardware.get("gpus", [])])
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [
+        f"## {path.stem}",
+        "",
+        f"`{record['command']}`  ",
+        f"{record['time']}, commit {record['commit']}, {where}  ",
+        f"{versions}",
+        "",
+    ]
+    page_file = path.with_suffix(".html")
+    if page_file.exists():
+        lines += [f"[The whole report]({page_file.name})", ""]
+    return "\n".join([*lines, *(_markdown(table) for table in _tables(record))])
+
+
+def _tables(record: Mapping[str, Any]) -> Iterator[Table]:
+    """What is known of a kind of record."""
+    for key, show in _KINDS.items():
+        if key in record or key in _figures(record):
+            yield from show(record)
+            return
+
+
+def _compared(record: Mapping[str, Any]) -> Iterator[Table]:
+    found = record["figures"]
+    commands = dict.fromkeys(f"{run['system']}: `{run['command']}`" for run in found["runs"])
+    table = shapes_compared(found["shape"], found["runs"]) if "shape" in found else comparison(by_system(found["runs"]))
+    yield replace(table, notes=[*table.notes, *found["load"], *commands])
+
+
+def _table18(record: Mapping[str, Any]) -> Iterator[Table]:
+    for layout in record["layouts"]:
+        base = [cell["requests_per_s"] for cell in layout["cells"].get(BASELINE, [])]
+        rows = []
+        for name, cells in layout["cells"].items():
+            values = [cell["requests_per_s"] for cell in cells]
+            ratios = [f" ({value / under:.2f}x)" if under else "" for value, under in zip(values, base, strict=False)]
+            rows.append([name, *(number(value) + ratio for value, ratio in zip(values, ratios, strict=False))])
+        title = f"Table 18, {layout['name']}: requests/s"
+        notes = [note for note in (layout["devices"], layout["reason"]) if note]
+        yield Table(title, ["", *(f"{side} px" for side in SIDES)], rows, notes=notes)
+
+
+def _served(record: Mapping[str, Any]) -> Iterator[Table]:
+    rows = []
+    for summary in record["summaries"]:
+        latencies = [_at(summary, metric, p) for metric in ("ttft", "itl") for p in ("p50", "p99")]
+        figures = (summary["requests_per_s"], summary["output_tokens_per_s"], *latencies)
+        rows.append([summary["label"], *(number(value) for value in figures), str(summary["num_failed"])])
+    columns = ["load", "requests/s", "tokens out/s", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "failed"]
+    yield Table("Throughput and latency (ms)", columns, rows, notes=record["load"])
+
+
+def _flat(record: Mapping[str, Any]) -> Iterator[Table]:
+    """Figures that are one number each."""
+    rows = [[name.replace("_", " "), _cell(value)] for name, value in _figures(record).items() if _is_flat(value)]
+    yield Table("Figures", ["", ""], rows)
+
+
+def _latency(record: Mapping[str, Any]) -> Iterator[Table]:
+    """One row for each case; whatever a case holds as one number is a column."""
+    cases = record["figures"]
+    names = [name for name, value in cases[0].items() if _is_flat(value)]
+    rows = [[_cell(case[name]) for name in names] for case in cases]
+    yield Table("Cases", [name.replace("_", " ") for name in names], rows)
+
+
+_KINDS: Final[Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]]] = {
+    "runs": _compared,
+    "layouts": _table18,
+    "summaries": _served,
+    "case": _latency,
+    "figures": _flat,
+}
+
+
+def _figures(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of a record that ``write_record`` made; a list of them is known by its first."""
+    figures = record.get("figures", {})
+    first = figures[0] if isinstance(figures, list) and figures else figures
+    return first if isinstance(first, Mapping) else {}
+
+
+def _markdown(table: Table) -> str:
+    head = [
+        "| " + " | ".join(table.columns) + " |",
+        "|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|",
+    ]
+    rows = ["| " + " | ".join(row) + " |" for row in table.rows]
+    notes = [f"* {note}" for note in table.notes]
+    return "\n".join([f"**{table.title}**", "", *head, *rows, "", *notes, ""])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        record["command"], record["hardware"], record["versions"], record["time"], record["commit"]
+    except (msgspec.DecodeError, KeyError) as error:
+        raise ConfigError(f"{path}: no record of ours: {error}") from None
+    return record
+
+
+def _at(summary: Mapping[str, Any], metric: str, percentile: str) -> float | None:
+    spread = summary[metric]
+    return None if spread is None else spread["percentiles"][percentile]
+
+
+def _is_flat(value: object) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _cell(value: object) -> str:
+    return number(value) if isinstance(value, float) else str(value) if value is not None else NONE
