@@ -224,14 +224,14 @@ def _on_cpu(settings: Table18Settings) -> tuple[Layout, Layout]:
     kept, added = frozenset(cores[:half]), frozenset(cores[half:])
     equal = Layout(
         "equal devices",
-        f"{len(cores)} cores in every row, shared by all processes of the row",
+        f"{_cores(len(cores))} in every row, shared by all processes of the row",
         _rows(settings, {"colocated": True}, {}),
     )
     if not half:
         reason = "needs two cores: one for the language model, one that is added for vision"
         return equal, Layout("vision devices added", "", (), reason)
     divided = {"vision_cores": sorted(added), "language_cores": sorted(kept)}
-    note = f"baseline and language model on {half} cores; vision server on {len(added)} more"
+    note = f"baseline and language model on {_cores(half)}, vision server on {len(added)} more"
     rows = _rows(settings, {"colocated": True}, divided, kept)
     return equal, Layout("vision devices added", note, rows)
 
@@ -249,6 +249,10 @@ def _on_gpus(settings: Table18Settings) -> tuple[Layout, Layout]:
     divided = {"language_devices": ["cuda:0"], "vision_devices": ["cuda:1"]}
     note = "baseline and language model on one GPU; vision server on a second one"
     return equal, Layout("vision devices added", note, _rows(settings, {"colocated": True, **first}, divided))
+
+
+def _cores(number: int) -> str:
+    return "1 core" if number == 1 else f"{number} cores"
 
 
 def _rows(
