@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+comma := ,
 
 .PHONY: install protos check test demo bench clean
 
@@ -30,8 +31,15 @@ test: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/dvd demo
 
+# Minutes to an hour. Nothing else should run on the machine. VLLM=ENV/bin/vllm measures that peer, too.
+BENCH_MODEL ?= nano
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks latency --results benchmarks/results
+	$(BIN)/python -m benchmarks overhead --results benchmarks/results
+	$(BIN)/python -m benchmarks compare --model $(BENCH_MODEL) --results benchmarks/results \
+	  $(if $(VLLM),--systems dvd$(comma)colocated$(comma)vllm --vllm $(VLLM))
+	$(BIN)/dvd bench table18 $(BENCH_MODEL) --results benchmarks/results
+	$(BIN)/python -m benchmarks page
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

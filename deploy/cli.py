@@ -4,14 +4,16 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from types import UnionType
 from typing import Any, Final, get_args
 
+from benchmarks import settings as bench_options
 from common.service.errors import ConfigError, DvdError, StartupError
 from common.service.settings import Settings, check_environment
 from deploy import settings as options
+from deploy.cluster import settings as cluster_options
 
 _DISTRIBUTION = "dvd-serve"
 _USAGE_STATUS = 2
@@ -43,7 +45,7 @@ def _run(arguments: list[str]) -> int:
         print(f"dvd {version(_DISTRIBUTION)}")
         return 0
     if name not in COMMANDS:
-        raise ConfigError(f"unknown command {name[:64]}{_nearest(name)}; see dvd --help")
+        raise ConfigError(f"unknown command {name[:64]}{_nearest(name, COMMANDS)}; see dvd --help")
     check_environment([*options.PROGRAMS.values(), *_OWN_SETTINGS])
     return COMMANDS[name][0](rest) or 0
 
@@ -103,6 +105,68 @@ def _demo(argv: Sequence[str]) -> int:
     return run(options.DemoSettings.load(argv))
 
 
+def _bench(argv: Sequence[str]) -> int | None:
+    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if name in ("--help", "-h"):
+        print(_bench_help())
+        return 0
+    if name not in BENCHMARKS:
+        raise ConfigError(f"unknown benchmark {name[:64]}{_nearest(name, BENCHMARKS)}; see dvd bench --help")
+    return BENCHMARKS[name][0](rest)
+
+
+def _bench_serve(argv: Sequence[str]) -> int:
+    settings = bench_options.BenchServeSettings.load(argv)
+    bench_options.require_extra()
+    from benchmarks.serve import main as run
+
+    return run(settings, argv)
+
+
+def _bench_table18(argv: Sequence[str]) -> int:
+    settings = bench_options.Table18Settings.load(model_first(bench_options.Table18Settings, argv))
+    bench_options.require_extra()
+    from benchmarks.table18 import main as run
+
+    _exit_on_sigterm()
+    return run(settings, argv)
+
+
+def _up(argv: Sequence[str]) -> int:
+    flags, words = _split(cluster_options.UpSettings, argv)
+    settings = cluster_options.UpSettings.load(flags)
+    from deploy.cluster.commands import up
+
+    _exit_on_sigterm()
+    return up(settings, words)
+
+
+def _status(argv: Sequence[str]) -> int:
+    argv = ["--format=json" if argument == "--json" else argument for argument in argv]
+    flags, words = _split(cluster_options.StatusSettings, argv)
+    settings = cluster_options.StatusSettings.load(flags)
+    from deploy.cluster.commands import status
+
+    _exit_on_sigterm()
+    return status(settings, words)
+
+
+def _scale(argv: Sequence[str]) -> int:
+    flags, words = _split(cluster_options.ScaleSettings, argv)
+    settings = cluster_options.ScaleSettings.load(flags)
+    from deploy.cluster.commands import scale
+
+    return scale(settings, words)
+
+
+def _down(argv: Sequence[str]) -> int:
+    flags, words = _split(cluster_options.DownSettings, argv)
+    settings = cluster_options.DownSettings.load(flags)
+    from deploy.cluster.commands import down
+
+    return down(settings, words)
+
+
 def _exit_on_sigterm() -> None:
     """Unwind the stack, so that servers are stopped and directories removed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -113,15 +177,30 @@ COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "vision": (_vision, "MODEL: one vision server"),
     "language": (_language, "MODEL: one language server"),
     "router": (_router, "the OpenAI-compatible gateway"),
+    "up": (_up, "FILE: a cluster, placed and scaled by Ray"),
+    "status": (_status, "[NAME]: what the servers of a cluster do"),
+    "scale": (_scale, "[NAME] vision=N language=N routers=N: have more or fewer"),
+    "down": (_down, "[NAME]: end a cluster"),
     "chat": (_chat, "[MODEL]: chat in the terminal, with images"),
     "doctor": (_doctor, "[MODEL]: can this machine run it?"),
     "demo": (_demo, "serve the nano model, ask about three pictures, stop"),
+    "bench": (_bench, "NAME: measure a server"),
+}
+BENCHMARKS: Final[Mapping[str, tuple[Command, str]]] = {
+    "serve": (_bench_serve, "load any OpenAI-compatible server: throughput, latency, goodput"),
+    "table18": (_bench_table18, "[MODEL]: the paper's table on this machine: baseline, + DvD, + DvD + ViR"),
 }
 _OWN_SETTINGS: Final[tuple[type[Settings], ...]] = (
     options.ServeSettings,
     options.ChatSettings,
     options.DoctorSettings,
     options.DemoSettings,
+    cluster_options.UpSettings,
+    cluster_options.StatusSettings,
+    cluster_options.ScaleSettings,
+    cluster_options.DownSettings,
+    bench_options.BenchServeSettings,
+    bench_options.Table18Settings,
 )
 
 
@@ -182,8 +261,13 @@ def _help() -> str:
     )
 
 
-def _nearest(name: str) -> str:
-    match = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+def _bench_help() -> str:
+    lines = [f"  {name:<10}{about}" for name, (_, about) in BENCHMARKS.items()]
+    return "\n".join(["usage: dvd bench NAME [options]", "", *lines, "", "dvd bench NAME --help lists its options."])
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
 

@@ -14,13 +14,13 @@ _PR_SET_PDEATHSIG = 1  # prctl(2); survives the exec below
 
 def main(argv: list[str]) -> None:
     parent, cores, module, *args = argv
-    _die_with(int(parent))
+    die_with(int(parent))
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     os.execv(sys.executable, [sys.executable, "-m", module, *args])
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """No orphan, even when the parent is killed. Linux only; elsewhere a killed parent leaves its servers behind."""
     if not sys.platform.startswith("linux"):
         return

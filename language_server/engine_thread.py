@@ -76,6 +76,7 @@ class EngineThread:
         self._may_have_work = False
         self._is_stopping = False
         self._num_steps_ahead = 0
+        self.num_tokens = 0  # generated since the start
         self._unstarted: dict[int, Sequence] = {}  # of the thread, as the next
         self._num_counted = (0, 0, 0)  # preemptions, prefix queries and hits that the metrics know of
         self._engine: LanguageEngine
@@ -229,6 +230,7 @@ class EngineThread:
         self.stats = stats = self._engine.stats()
         self._pace.observe(stats.num_step_decodes, stats.num_step_tokens - stats.num_step_decodes, ended - when)
         self._count(stats)
+        self.num_tokens += sum(output.token_id is not None for output in outputs)
         has_moved = bool(outputs) or stats.num_step_tokens > 0
         with self._wake:
             # Without a token run or a word said, only an event from outside can change anything.

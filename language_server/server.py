@@ -38,6 +38,7 @@ from language_server.features import FeatureStore
 from language_server.generation import Backend, Generation
 from language_server.prompt import PromptBuilder
 from language_server.settings import LanguageSettings
+from language_server.token_rate import TokenRate
 from language_server.tokenizer import Tokenizer
 from protos import frame, language_pb2_grpc
 from protos.language_pb2 import GenerateEvent, GenerateRequest
@@ -146,6 +147,7 @@ class LanguageServer:
             settings.name, self._fingerprint, self._model_info, self._load_report, self._metrics_address
         )
         max_num_live = settings.max_num_seqs + settings.max_num_waiting
+        self._token_rate = TokenRate()
         self.engine = EngineThread(
             max_num_live,
             on_progress=self.board.bump,
@@ -313,6 +315,7 @@ class LanguageServer:
 
     def _load_report(self) -> LanguageLoad:
         load = LanguageLoad(free_feature_bytes=self.features.free_bytes, max_num_waiting=self.settings.max_num_waiting)
+        load.tokens_per_second = self._token_rate.observe(time.monotonic(), self.engine.num_tokens)
         if (stats := self.engine.stats) is not None:
             load.num_running = stats.num_running
             load.num_waiting = stats.num_waiting

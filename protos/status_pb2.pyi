@@ -77,20 +77,22 @@ class VisionLoad(_message.Message):
     def __init__(self, queued_tiles: _Optional[int] = ..., running_tiles: _Optional[int] = ..., max_queued_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ...) -> None: ...
 
 class LanguageLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "free_feature_bytes", "max_num_waiting")
+    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "free_feature_bytes", "max_num_waiting", "tokens_per_second")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     FREE_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREE_FEATURE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     free_kv_blocks: int
     total_kv_blocks: int
     free_feature_bytes: int
     max_num_waiting: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., free_feature_bytes: _Optional[int] = ..., max_num_waiting: _Optional[int] = ...) -> None: ...
+    tokens_per_second: float
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., free_feature_bytes: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class WatchStatusRequest(_message.Message):
     __slots__ = ("router_id",)

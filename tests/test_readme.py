@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import settings as bench_settings
 from common.service.settings import Settings
 from deploy import cli, settings
+from deploy.cluster import settings as cluster_settings
+from deploy.cluster.spec import ClusterSpec
 from deploy.local import LocalDeployment
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +29,12 @@ PACKAGES = ("protos", "common", "vision_server", "language_server", "router", "d
 TIMEOUT = 100
 SETTINGS: dict[str, type[Settings]] = {
     **settings.PROGRAMS,
+    "up": cluster_settings.UpSettings,
+    "status": cluster_settings.StatusSettings,
+    "scale": cluster_settings.ScaleSettings,
+    "down": cluster_settings.DownSettings,
+    "bench serve": bench_settings.BenchServeSettings,
+    "bench table18": bench_settings.Table18Settings,
     "serve": settings.ServeSettings,
     "chat": settings.ChatSettings,
     "doctor": settings.DoctorSettings,
@@ -70,8 +79,19 @@ def test_the_demo_prints_what_the_readme_shows():
 def test_options_exist(command):
     program, name, *arguments = command
     assert program == "dvd"
+    if name == "bench":
+        name = f"bench {arguments.pop(0)}"
     declared = SETTINGS[name]
-    declared.load(cli.model_first(declared, arguments) if "model" in declared.model_fields else arguments)
+    flags, words = cli._split(declared, arguments)
+    declared.load(cli.model_first(declared, arguments) if "model" in declared.model_fields else flags)
+    assert len(words) <= 1
+
+
+def test_the_cluster_is_one(tmp_path):
+    ((_, text),) = blocks("cluster")
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    assert ClusterSpec.load(path).vision.max_replicas == 6
 
 
 @pytest.mark.parametrize(("language", "text"), blocks("client"), ids=[language for language, _ in blocks("client")])
