@@ -1,6 +1,5 @@
 """``dvd up``, ``scale`` and ``down``: what the operator asks for, from the first line read to the last trace gone."""
 
-import ipaddress
 import secrets
 import sys
 import time
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 from common.service.errors import ConfigError, StartupError, Unavailable
 from deploy.cluster.head import Head, is_reachable
@@ -16,13 +17,14 @@ from deploy.cluster.ledger import Member
 from deploy.cluster.local_head import LocalHead
 from deploy.cluster.rundir import cluster_directory, end_all, is_private
 from deploy.cluster.settings import DownSettings, ScaleSettings, StatusSettings, UpSettings
-from deploy.cluster.spec import LOCAL, ClusterSpec
+from deploy.cluster.spec import LOCAL, ClusterSpec, is_loopback
 from deploy.cluster.state import ClusterState, resolve_name
 from deploy.cluster.status import attach, load_state, show
 from deploy.cluster.tiers import TIERS, Tier
 
 _INCARNATION_BYTES: Final = 8
 _POLL_SECONDS: Final = 0.25
+_CONTROLLER_SECONDS: Final = 120.0
 _DRAIN_SECONDS: Final = 300.0
 _FORCED_SECONDS: Final = 30.0
 _FORCED_GRACE_SECONDS: Final = 1.0
@@ -131,7 +133,7 @@ def _bring_up(spec: ClusterSpec, head: Head, local: LocalHead | None, is_insecur
 
 def _check_network(spec: ClusterSpec, nodes: Sequence[str]) -> None:
     """Servers of different nodes speak in the clear, and obey whoever reaches them."""
-    exposed = [ip for ip in nodes if not ipaddress.ip_address(ip).is_loopback]
+    exposed = [ip for ip in nodes if not is_loopback(ip)]
     if exposed and not spec.insecure_network:
         raise ConfigError(
             f"servers on {', '.join(exposed[:3])} will listen there without encryption or keys: keep that network to"
@@ -140,21 +142,27 @@ def _check_network(spec: ClusterSpec, nodes: Sequence[str]) -> None:
 
 
 def _wait_until_complete(spec: ClusterSpec, head: Head) -> dict[str, Any]:
-    deadline = time.monotonic() + spec.startup_timeout
+    console = Console(stderr=True)
+    now = heard_at = time.monotonic()
+    deadline = now + spec.startup_timeout
     pending = "the controller"
-    with Console(stderr=True).status("starting ...") as progress:
-        while time.monotonic() < deadline:
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while (now := time.monotonic()) < deadline:
             time.sleep(_POLL_SECONDS)
             try:
                 found = cast(dict[str, Any], head.ask("status"))
-            except Unavailable:
-                continue  # Ray is still starting it
+            except Unavailable as error:  # Ray is still starting it
+                if now - heard_at > _CONTROLLER_SECONDS or "ActorDiedError" in str(error):
+                    raise StartupError(f"the controller does not answer: {error}") from None
+                continue
+            heard_at = now
             if found["failure"]:
                 raise StartupError(found["failure"])
             if found["is_complete"]:
                 return found
             pending = _pending(found)
-            progress.update(f"starting: {pending}")
+            if console.is_terminal:
+                live.update(_progress(found), refresh=True)
     raise StartupError(f"not ready after {spec.startup_timeout:g} s: {pending}; see startup_timeout")
 
 
@@ -164,6 +172,18 @@ def _pending(found: dict[str, Any]) -> str:
         num_ready = sum(member["tier"] == tier and member["phase"] == "ready" for member in found["members"])
         parts.append(f"{tier} {num_ready}/{found['groups'][tier]['desired']}")
     return ", ".join(parts)
+
+
+def _progress(found: dict[str, Any]) -> Table:
+    """For a terminal, while it waits."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("server", "node", "state"):
+        table.add_column(title)
+    for member in found["members"]:
+        table.add_row(member["server"], member["ip"], member["phase"])
+    for waiting in found["waiting"]:
+        table.add_row(waiting["server"], "", f"failed, is tried again: {waiting['reason']}")
+    return table
 
 
 def _ready_lines(spec: ClusterSpec, found: dict[str, Any], local: LocalHead | None) -> list[str]:

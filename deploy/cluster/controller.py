@@ -211,7 +211,7 @@ class Controller:
                 if not self._failures.may_retry((tier, slot), self._clock()):
                     continue
                 try:
-                    node = room.take(tier, self._spec.group(tier).bundle, one_per_node=self._is_one_per_node(tier))
+                    node = room.take(tier, self._spec.group(tier).bundle, one_per_node=self._spec.is_one_per_node(tier))
                 except Unavailable as error:
                     problem = f"{tier}-{slot} has no place: {error}"
                     break
@@ -229,27 +229,12 @@ class Controller:
         bundles = {tier: self._spec.group(tier).bundle for tier in TIERS}
         return [Placed(m.tier, m.node_id, bundles[m.tier]) for m in self._ledger.members.values()]
 
-    def _is_one_per_node(self, tier: Tier) -> bool:
-        return tier == "router" and self._spec.routers.port != 0
-
     async def _start(self, tier: Tier, slot: int, node: Node) -> None:
         member = self._ledger.add(tier, slot, node.node_id, node.ip)
         self._placed_at[member.replica] = self._clock()
         await self._save()  # before it exists, so that nothing exists that nobody knows of
         log.info("%s goes to %s", member.replica, node.ip)
-        is_router = tier == "router"
-        assignment = Assignment(
-            cluster=self._spec.name,
-            incarnation=self._incarnation,
-            tier=tier,
-            replica=member.replica,
-            server=member.server,
-            model=self._spec.model,
-            gpus=self._spec.group(tier).gpus,
-            options=self._spec.options(tier),
-            host=self._spec.routers.host if is_router else None,
-            port=self._spec.routers.port if is_router else 0,
-        )
+        assignment = Assignment.of(self._spec, self._incarnation, member)
         await self._ground.start(assignment, node, self._spec.group(tier).bundle)
 
     # --- leaving

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -27,7 +26,7 @@ from types import FrameType
 from typing import Any, Final, Self
 
 from deploy.cluster.probe import Answer, Probe
-from deploy.cluster.rundir import KeeperFile, birth_of
+from deploy.cluster.rundir import KeeperFile, birth_of, remove
 from deploy.cluster.tiers import Tier
 from deploy.process import ProcessSpec, ServerProcess
 
@@ -215,9 +214,7 @@ class Keeper:
         self._tell(event="ended", reason=reason, status=status, is_asked=is_asked, tail=self._server.tail())
         self._probe.close()
         self._log.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others are still there
-            self._directory.parent.rmdir()
+        remove(self._directory)
 
     def _tell(self, **record: Any) -> None:
         if self._actor is not None:

@@ -79,7 +79,7 @@ class Probe:
         process, self._process = self._process, None
         process.kill()
         held, _ = process.communicate()
-        return self._judge(held.strip()) if process.returncode == 0 else Answer.UNREACHABLE
+        return self.judge(held.strip()) if process.returncode == 0 else Answer.UNREACHABLE
 
     def close(self) -> None:
         """Ask no more."""
@@ -87,7 +87,8 @@ class Probe:
             self._process.kill()
             self._process.communicate()
 
-    def _judge(self, held: str) -> Answer:
+    def judge(self, held: str) -> Answer:
+        """What it means that the head holds this under our key."""
         if not held:
             return Answer.STRANGE
         return Answer.OURS if held == self._incarnation else Answer.REPLACED

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import yaml
 
@@ -21,7 +21,9 @@ from common.service.announce import Announcement
 from common.service.errors import StartupError
 from common.service.program import EXIT_STARTUP
 from deploy.cluster.keeper import ANNOUNCE_FILE, LOG_FILE, OPTIONS_FILE, Order
-from deploy.cluster.rundir import cluster_directory, make_private
+from deploy.cluster.ledger import Member
+from deploy.cluster.rundir import cluster_directory, make_private, remove
+from deploy.cluster.spec import ClusterSpec
 from deploy.cluster.tiers import Tier
 from deploy.launch import die_with
 from deploy.settings import model_directory
@@ -50,6 +52,23 @@ class Assignment:
     options: Mapping[str, Any]
     host: str | None = None
     port: int = 0
+
+    @classmethod
+    def of(cls, spec: ClusterSpec, incarnation: str, member: Member) -> Self:
+        """What the cluster file says of a server like this one."""
+        is_router = member.tier == "router"
+        return cls(
+            cluster=spec.name,
+            incarnation=incarnation,
+            tier=member.tier,
+            replica=member.replica,
+            server=member.server,
+            model=spec.model,
+            gpus=spec.group(member.tier).gpus,
+            options=spec.options(member.tier),
+            host=spec.routers.host if is_router else None,
+            port=spec.routers.port if is_router else 0,
+        )
 
 
 @dataclass(slots=True)
@@ -80,8 +99,10 @@ class Replica:
         """Start the server. What prevents it is in the next report."""
         try:
             self._start(Assignment(**assignment))
-        except (StartupError, OSError) as error:
+        except (StartupError, OSError, subprocess.SubprocessError) as error:
             self._report.phase, self._report.reason, self._report.is_final = "ended", str(error), True
+            if self._report.directory:
+                remove(self._directory)
 
     def report(self) -> dict[str, Any]:
         """The latest news, a ``Report``."""

@@ -91,6 +91,13 @@ def is_private(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
+def remove(directory: Path) -> None:
+    """A server's directory, and its cluster's when it was the last."""
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others are still there
+        directory.parent.rmdir()
+
+
 def birth_of(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None once it has ended."""
     try:

@@ -226,6 +226,10 @@ class ClusterSpec(_Part):
         group = self.group(tier)
         return isinstance(group, _ScaledGroup) and group.max_replicas is not None
 
+    def is_one_per_node(self, tier: Tier) -> bool:
+        """Whether two of them would want the same port."""
+        return tier == "router" and self.routers.port != 0
+
     def bounds(self, tier: Tier) -> tuple[int, int | None]:
         """Fewest and most servers; None: as many as fit."""
         group = self.group(tier)
@@ -260,7 +264,7 @@ class ClusterSpec(_Part):
 
     def _check_exposure(self) -> None:
         host = self.routers.host
-        if self.api_keys or self.insecure_network or (host is not None and _is_loopback(host)):
+        if self.api_keys or self.insecure_network or (host is not None and is_loopback(host)):
             return
         raise ConfigError(
             "api_keys: without any, everybody who reaches the routers may use them; give some, or say"
@@ -282,7 +286,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -100,6 +100,22 @@ def test_a_server_that_is_killed_comes_back(operator, raylets):
     assert first["replica"] not in replicas and second["replica"] in replicas
 
 
+def test_a_raylet_that_dies_leaves_its_servers_to_drain(operator, raylets):
+    """Ray gives the node up and fills its places elsewhere; the keepers hear of it from the head."""
+    raylets.add("127.0.0.5")
+    servers = operator.wait_well()["servers"]
+    victim = next(server["node"] for server in servers if server["tier"] == "language")
+    left = [server for server in servers if server["node"] == victim]
+    with Traffic([url for url in router_urls(servers) if victim not in url]) as traffic:
+        traffic.wait_for(5)
+        raylets.kill_raylet(victim)
+        wait_until(lambda: not any(Path(server["directory"]).exists() for server in left), what="for the keepers")
+        operator.wait_well()
+        traffic.wait_for(5)
+    print(f"\nraylet killed under {len(left)} servers: {traffic.num_ok} answered, failed: {traffic.failures or 0}")
+    assert traffic.failures == {}
+
+
 def test_vision_grows_and_shrinks_under_load_without_an_error(operator):
     operator.done("scale", "vision=1")
     found = operator.wait_well()
@@ -115,23 +131,6 @@ def test_vision_grows_and_shrinks_under_load_without_an_error(operator):
         f"\nvision 1 -> 3 -> 1: {quiet.num_ok + step.num_ok} answered, failed: {quiet.failures or step.failures or 0}"
     )
     assert quiet.failures == {} and step.failures == {}
-
-
-def test_a_raylet_that_dies_leaves_its_servers_to_drain(operator, raylets):
-    """Ray gives the node up and fills its places elsewhere; the keepers hear of it from the head."""
-    raylets.add("127.0.0.5")
-    operator.done("scale", "vision=2")  # one tier alone on a node would be missed until it is back
-    servers = operator.wait_well()["servers"]
-    victim = next(server["node"] for server in servers if server["tier"] == "language")
-    left = [server for server in servers if server["node"] == victim]
-    with Traffic([url for url in router_urls(servers) if victim not in url]) as traffic:
-        traffic.wait_for(5)
-        raylets.kill_raylet(victim)
-        wait_until(lambda: not any(Path(server["directory"]).exists() for server in left), what="for the keepers")
-        operator.wait_well()
-        traffic.wait_for(5)
-    print(f"\nraylet killed under {len(left)} servers: {traffic.num_ok} answered, failed: {traffic.failures or 0}")
-    assert traffic.failures == {}
 
 
 def test_down_leaves_nothing(operator, raylets, environ, shared_memory):
@@ -184,11 +183,11 @@ def test_vision_follows_a_load_step_by_itself(operator):
         "vision_drain_seconds": 0.05,
         "confirmations": 2,
         "cooldown_up": 1,
-        "cooldown_down": 6,
+        "cooldown_down": 4,
     }
     operator.done("up", operator.file("alone", vision={"max_replicas": 3}, autoscale=rules))
     urls = router_urls(operator.look()["servers"])
-    with Traffic(urls, num_clients=6) as traffic:
+    with Traffic(urls, num_clients=4) as traffic:
         wait_until(lambda: operator.look()["groups"]["vision"]["desired"] == 3, what="for growth")
         operator.wait_well()
         traffic.wait_for(10)
