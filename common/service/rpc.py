@@ -57,8 +57,10 @@ def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) ->
     backoff = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000)]
     # Two channels to one address must not share a subchannel: a peer that restarts is a new peer to each.
     isolation = [("grpc.use_local_subchannel_pool", 1)]
+    # A proxy of the environment has no business between servers.
+    no_proxy = [("grpc.enable_http_proxy", 0)]
     return grpc.aio.insecure_channel(
-        address, options=[*_KEEPALIVE, *backoff, *isolation, *_message_limits(max_message_bytes)]
+        address, options=[*_KEEPALIVE, *backoff, *isolation, *no_proxy, *_message_limits(max_message_bytes)]
     )
 
 
