@@ -380,7 +380,8 @@ async def test_the_death_of_either_side_ends_the_process(
         await router.encode(await router.admit(call))
         async for _ in rest_of(call):
             pass
-    assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
+    # Told by the side that died, or cut off when the process hangs up: to a router either is a server lost.
+    assert failure.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     assert await asyncio.wait_for(running, DEADLINE) == 1
     (record,) = (each for each in caplog.records if each.levelno == logging.CRITICAL)
     assert "colocated server" in record.message
