@@ -6,6 +6,7 @@ checkpoint and the same precision; the client is the same for all. Knows nothing
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -92,7 +93,7 @@ class Vllm:
     @property
     def command(self) -> str:
         variables = " ".join(f"{name}={value}" for name, value in self.environment)
-        return f"{variables} {' '.join(['vllm', *self._arguments(0)])}"
+        return f"{variables} {shlex.join(['vllm', *self._arguments(self.model)])}"
 
     @contextmanager
     def serving(self) -> Iterator[Target]:
@@ -101,7 +102,7 @@ class Vllm:
         port = _free_port()
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
-                [str(self.executable), *self._arguments(port)],
+                [str(self.executable), *self._arguments(str(model_directory(self.model))), "--port", str(port)],
                 env={**os.environ, **dict(self.environment)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -115,11 +116,9 @@ class Vllm:
             finally:
                 _end_group(process)
 
-    def _arguments(self, port: int) -> list[str]:
-        directory = str(model_directory(self.model))
-        shown = ["--port", str(port)] if port else []
+    def _arguments(self, model: str) -> list[str]:
         images = ["--limit-mm-per-prompt", '{"image":2,"video":0}']  # else it profiles videos for minutes
-        return ["serve", directory, *shown, "--dtype", self.dtype, "--max-model-len", str(self.max_model_len), *images]
+        return ["serve", model, "--dtype", self.dtype, "--max-model-len", str(self.max_model_len), *images]
 
     def _wait_until_healthy(self, process: subprocess.Popen[bytes], address: str, output: int) -> None:
         deadline = time.monotonic() + _STARTUP_SECONDS
