@@ -19,9 +19,9 @@ from rich.console import Console
 from benchmarks.measures import Summary, summarize
 from benchmarks.plan import Plan
 from benchmarks.presets import make_plan
-from benchmarks.progress import ProgressBar
 from benchmarks.record import write_record
-from benchmarks.runner import run
+from benchmarks.rounds import measure_rounds
+from benchmarks.samples import Result
 from benchmarks.serve import print_table
 from benchmarks.settings import BenchServeSettings
 from benchmarks.systems import Dtype, Dvd, System, Vllm
@@ -87,23 +87,7 @@ def comparison(rounds: Mapping[str, Sequence[Figures]]) -> Table:
 
 def measure(plan: Plan, under_test: Sequence[System], num_rounds: int, console: Console) -> list[dict[str, Any]]:
     """Every round: one system after the other. Returns a record of each run, in order."""
-    records = []
-    for round_number in range(num_rounds):
-        for system in under_test:
-            console.print(f"round {round_number + 1}/{num_rounds}: {system.name}", highlight=False)
-            with system.serving() as target:
-                result = run(plan, target, ProgressBar(console))
-            summaries = [summary for phase in result.phases for summary in summarize(phase)]
-            records.append(
-                {
-                    "system": system.name,
-                    "command": system.command,
-                    "round": round_number + 1,
-                    "figures": figures(summaries),
-                    "summaries": [asdict(summary) for summary in summaries],
-                }
-            )
-    return records
+    return measure_rounds(plan, under_test, num_rounds, console, _read)
 
 
 def by_system(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Figures]]:
@@ -134,6 +118,11 @@ def main(argv: Sequence[str]) -> None:
     if arguments.results:
         of = f"{Path(arguments.model).name}-{arguments.dtype}"
         print(write_record(arguments.results, "compare", argv, {"load": plan.describe(), "runs": records}, of))
+
+
+def _read(_: System, result: Result) -> dict[str, Any]:
+    summaries = [summary for phase in result.phases for summary in summarize(phase)]
+    return {"figures": figures(summaries), "summaries": [asdict(summary) for summary in summaries]}
 
 
 def _given(vllm: Path | None) -> Path:

@@ -23,12 +23,12 @@ from rich.console import Console
 from benchmarks.arrivals import ClosedLoop, OpenLoop
 from benchmarks.measures import Summary, summarize
 from benchmarks.plan import Phase, Plan, Source
-from benchmarks.progress import ProgressBar
 from benchmarks.random_checkpoint import SHAPES, write_checkpoint
 from benchmarks.record import write_record
-from benchmarks.runner import run
+from benchmarks.rounds import measure_rounds
+from benchmarks.samples import Result
 from benchmarks.serve import print_table
-from benchmarks.systems import Dtype, Dvd
+from benchmarks.systems import Dtype, Dvd, System
 from benchmarks.tables import Table, number
 from benchmarks.workload import Size, Workload, fixed
 from common.service.errors import Unavailable
@@ -67,26 +67,18 @@ def systems(model: Path, device: str, dtype: Dtype, kv_cache_bytes: int) -> list
 
 def measure(plan: Plan, under_test: Sequence[Dvd], num_rounds: int, console: Console) -> list[dict[str, Any]]:
     """Every round: one system after the other. Returns a record of each run. Raises Unavailable if a request fails."""
-    records = []
-    for round_number in range(num_rounds):
-        for system in under_test:
-            console.print(f"round {round_number + 1}/{num_rounds}: {system.name}", highlight=False)
-            with system.serving() as target:
-                result = run(plan, target, ProgressBar(console))
-            summaries = [summarize(phase)[0] for phase in result.phases if not phase.phase.name.startswith(_WARM_UP)]
-            for summary in summaries:
-                if summary.failures:
-                    raise Unavailable(f"{system.name}, {summary.phase}: requests failed: {summary.failures}")
-            records.append(
-                {
-                    "system": system.name,
-                    "command": system.command,
-                    "round": round_number + 1,
-                    "summaries": [asdict(summary) for summary in summaries],
-                    "figures": {summary.phase: figures(summary) for summary in summaries},
-                }
-            )
-    return records
+    return measure_rounds(plan, under_test, num_rounds, console, _read)
+
+
+def _read(system: System, result: Result) -> dict[str, Any]:
+    summaries = [summarize(phase)[0] for phase in result.phases if not phase.phase.name.startswith(_WARM_UP)]
+    for summary in summaries:
+        if summary.failures:
+            raise Unavailable(f"{system.name}, {summary.phase}: requests failed: {summary.failures}")
+    return {
+        "summaries": [asdict(summary) for summary in summaries],
+        "figures": {summary.phase: figures(summary) for summary in summaries},
+    }
 
 
 def figures(summary: Summary) -> dict[str, float]:

@@ -59,10 +59,9 @@ def _serve(argv: Sequence[str]) -> int:
 
 def _set_openmp_defaults() -> None:
     """As for the children of ``dvd serve``. Before torch is imported: OpenMP looks once."""
-    from deploy.process import OPENMP_DEFAULTS
+    from deploy.process import openmp_defaults
 
-    for name, value in OPENMP_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(openmp_defaults(os.environ))
 
 
 def _vision(argv: Sequence[str]) -> int | None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import tty
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,9 +21,10 @@ from common.service.settings import ENV_PREFIX
 Echo = Callable[[str], None]
 """Takes what the servers write to stderr: a piece of text that ends a line or redraws one (carriage return)."""
 
-# Servers share the cores of a machine without a GPU. OpenMP threads that wait by spinning keep off a core the very
-# thread they wait for: 50 times slower on a busy machine (docs/decisions.md).
-OPENMP_DEFAULTS: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Servers share the cores of a machine without a GPU. OpenMP threads that wait by spinning for long keep off a core the
+# very thread they wait for; those that sleep at once wake late, hundreds of times a step (docs/decisions.md).
+_SPIN_COUNT: Final = "2000"
+_OPENMP_WAITING: Final = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
 _TAIL_LINES = 20
 _READ_BYTES = 65536
 _PIECE_END = re.compile(r"(?<=[\r\n])")
@@ -149,7 +150,12 @@ def _launch_arguments(spec: ProcessSpec) -> list[str]:
 def _environment() -> dict[str, str]:
     """Ours without ``DVD_*``: those were read by the parent, which passes on what each program needs."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    return OPENMP_DEFAULTS | ours
+    return openmp_defaults(ours) | ours
+
+
+def openmp_defaults(environ: Mapping[str, str]) -> dict[str, str]:
+    """What to add to ``environ`` for a program that computes; nothing where somebody has said how threads wait."""
+    return {} if _OPENMP_WAITING & environ.keys() else {"GOMP_SPINCOUNT": _SPIN_COUNT}
 
 
 def _signal_name(number: int) -> str:

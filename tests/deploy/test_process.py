@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.process import ProcessSpec, ServerProcess
+from deploy.process import ProcessSpec, ServerProcess, openmp_defaults
 
 DEADLINE = 20.0
 
@@ -120,7 +120,7 @@ def test_no_child_survives_a_killed_parent(tmp_path):
     (tmp_path / "fake_program.py").write_text(ANNOUNCES_AND_STAYS)
     announce = tmp_path / "announce.json"
     parent_source = (
-        "import sys, time; from pathlib import Path; from deploy.process import ProcessSpec, ServerProcess\n"
+        "import sys, time; from pathlib import Path; from deploy.process import ProcessSpec, ServerProcess, openmp_defaults\n"
         "ServerProcess(ProcessSpec('fake', 'fake_program', [sys.argv[1]], Path(sys.argv[1])), print)\n"
         "time.sleep(60)"
     )
@@ -134,3 +134,9 @@ def test_no_child_survives_a_killed_parent(tmp_path):
         parent.kill()
         parent.wait()
     wait_until(lambda: not is_alive(child))
+
+
+@pytest.mark.parametrize("theirs", [{"OMP_WAIT_POLICY": "PASSIVE"}, {"GOMP_SPINCOUNT": "0"}])
+def test_who_says_how_threads_wait_is_obeyed(theirs):
+    assert openmp_defaults({"PATH": "/bin"}).keys() == {"GOMP_SPINCOUNT"}
+    assert openmp_defaults({"PATH": "/bin", **theirs}) == {}

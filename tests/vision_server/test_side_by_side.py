@@ -1,0 +1,81 @@
+"""Tiles side by side on a CPU: in order, at once, each with its part of the threads, whole after a failure."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from vision_server.side_by_side import SideBySide
+
+DEADLINE = 30.0
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def numbered_tiles(num_tiles: int) -> Tensor:
+    return torch.arange(num_tiles).view(num_tiles, 1, 1, 1).expand(num_tiles, 3, 2, 2).float()
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2, 3, 4, 5, 9])
+def test_features_come_in_tile_order(four_threads, num_tiles):
+    encode = SideBySide(lambda tile: tile[:, 0] * 10, num_threads=4)
+    assert torch.equal(encode(numbered_tiles(num_tiles)), numbered_tiles(num_tiles)[:, 0] * 10)
+
+
+@pytest.mark.parametrize(("num_tiles", "threads_each"), [(1, [4]), (2, [2, 2]), (3, [1] * 3), (5, [1] * 4 + [4])])
+def test_tiles_of_a_round_share_the_threads(four_threads, num_tiles, threads_each):
+    seen: list[int] = []
+
+    def encode(tile: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return tile
+
+    SideBySide(encode, num_threads=4)(numbered_tiles(num_tiles))
+    assert seen == threads_each
+    assert torch.get_num_threads() == 4
+
+
+def test_tiles_run_at_once(four_threads):
+    together = threading.Barrier(4, timeout=DEADLINE)
+
+    def encode(tile: Tensor) -> Tensor:
+        together.wait()  # raises unless four are inside
+        return tile
+
+    assert len(SideBySide(encode, num_threads=4)(numbered_tiles(4))) == 4
+
+
+def test_a_failure_is_raised_when_no_tile_runs_any_more(four_threads):
+    inside: set[int] = set()
+    has_failed = threading.Event()
+
+    def encode(tile: Tensor) -> Tensor:
+        number = int(tile[0, 0, 0, 0])
+        if number == 0:
+            has_failed.set()
+            raise RuntimeError("out of memory")
+        inside.add(number)
+        has_failed.wait(DEADLINE)
+        inside.discard(number)
+        return tile
+
+    side_by_side = SideBySide(encode, num_threads=4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        side_by_side(numbered_tiles(4))
+    assert not inside
+    assert len(side_by_side(numbered_tiles(4)[1:])) == 3
+    assert torch.get_num_threads() == 4
+
+
+def test_no_gradients_are_recorded_in_the_threads(four_threads):
+    weight = torch.ones(1, requires_grad=True)
+    with torch.inference_mode():
+        features = SideBySide(lambda tile: tile * weight, num_threads=4)(numbered_tiles(2))
+    assert not features.requires_grad
