@@ -101,24 +101,25 @@ def _served(record: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _flat(record: Mapping[str, Any]) -> Iterator[Table]:
-    """Figures that are one number each."""
+    """Figures that are one number each, of one case or of a list of them."""
+    if isinstance(record["figures"], list):
+        yield _cases(record["figures"])
+        return
     rows = [[name.replace("_", " "), _cell(value)] for name, value in _figures(record).items() if _is_flat(value)]
     yield Table("Figures", ["", ""], rows)
 
 
-def _latency(record: Mapping[str, Any]) -> Iterator[Table]:
+def _cases(cases: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each case; whatever a case holds as one number is a column."""
-    cases = record["figures"]
     names = [name for name, value in cases[0].items() if _is_flat(value)]
     rows = [[_cell(case[name]) for name in names] for case in cases]
-    yield Table("Cases", [name.replace("_", " ") for name in names], rows)
+    return Table("Cases", [name.replace("_", " ") for name in names], rows)
 
 
 _KINDS: Final[Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]]] = {
     "runs": _compared,
     "layouts": _table18,
     "summaries": _served,
-    "case": _latency,
     "figures": _flat,
 }
 

@@ -38,11 +38,14 @@ def test_table_18_is_compared_with_its_baseline(tmp_path):
 
 
 def test_single_figures_and_lists_of_cases_are_shown(tmp_path):
-    write_record(tmp_path, "overhead", [], {"num_streams": 500, "cpu_share": 0.41, "per_second": [1, 2]})
+    write_record(tmp_path, "engine", [], {"num_layers": 12, "step_ms": 9.5, "per_second": [1, 2]})
     write_record(tmp_path, "latency", [], [{"case": "text only", "requests_per_second": 7.5, "samples": []}])
+    write_record(tmp_path, "overhead", [], [{"streams": 1, "cpu": 0.01}, {"streams": 500, "cpu": 0.25}])
     text = page.page(tmp_path)
-    assert "| num streams | 500 |" in text
+    assert "| num layers | 12 |" in text
     assert "| text only | 7.5 |" in text
+    assert "| 1 | 0.01 |" in text
+    assert "| 500 | 0.25 |" in text
     assert "| per second |" not in text  # a list is no figure
 
 

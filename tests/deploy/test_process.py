@@ -120,7 +120,7 @@ def test_no_child_survives_a_killed_parent(tmp_path):
     (tmp_path / "fake_program.py").write_text(ANNOUNCES_AND_STAYS)
     announce = tmp_path / "announce.json"
     parent_source = (
-        "import sys, time; from pathlib import Path; from deploy.process import ProcessSpec, ServerProcess, openmp_defaults\n"
+        "import sys, time; from pathlib import Path; from deploy.process import ProcessSpec, ServerProcess\n"
         "ServerProcess(ProcessSpec('fake', 'fake_program', [sys.argv[1]], Path(sys.argv[1])), print)\n"
         "time.sleep(60)"
     )

@@ -5,6 +5,9 @@ from functools import lru_cache
 import torch
 
 from language_server import backbone
+from language_server.attention import choose_backend
+from language_server.attention.base import BatchLayout, KVCache
+from language_server.attention.paged import ForwardContext
 from language_server.backbone import build_model
 from tests import checkpoints
 
@@ -24,13 +27,18 @@ def tiny_model(family):
 
 
 def make_backbone(model, dtype=torch.float32):
+    return backbone.make_backbone(unfused(model, dtype))
+
+
+def unfused(model, dtype=torch.float32):
+    """A filled ``*ForCausalLM`` with transformers' own layers."""
     text = model.config.text_config.to_dict()
     built = build_model(text, tie_word_embeddings=False, dtype=dtype, device=torch.device("cpu"))
     source = {name.replace("model.language_model.", "model."): value for name, value in model.named_parameters()}
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             parameter.copy_(source[name])
-    return backbone.make_backbone(built)
+    return built
 
 
 def reference_logits(model, token_ids):
@@ -38,3 +46,13 @@ def reference_logits(model, token_ids):
     with torch.inference_mode():
         model.set_attn_implementation("eager")
         return model(input_ids=token_ids.unsqueeze(0), use_cache=False).logits[0]
+
+
+def paged_logits(language_backbone, token_ids):
+    """[num_tokens, vocab_size] of one prompt in one step."""
+    num_tokens = len(token_ids)
+    layout = BatchLayout([num_tokens], [num_tokens], torch.arange(num_tokens), torch.arange(8).unsqueeze(0), 16)
+    cache = KVCache(language_backbone.kv_shape, 8, 16, language_backbone.device)
+    with torch.inference_mode():
+        context = ForwardContext.of(layout, cache, choose_backend(language_backbone.device))
+        return language_backbone.logits(language_backbone.forward(language_backbone.embed(token_ids), context))

@@ -7,24 +7,11 @@ from transformers import Qwen3ForCausalLM
 from common.model.checkpoint import Checkpoint
 from common.model.config import load_config
 from common.service.errors import CheckpointError
-from language_server.attention import choose_backend
-from language_server.attention.base import BatchLayout, KVCache
-from language_server.attention.paged import ForwardContext
 from language_server.backbone import build_model, load_backbone
 from tests.checkpoints import make_checkpoint
-from tests.language_server.models import FAMILIES, reference_logits, tiny_model
+from tests.language_server.models import FAMILIES, paged_logits, reference_logits, tiny_model
 
 CPU = torch.device("cpu")
-
-
-def paged_logits(backbone, token_ids):
-    """[num_tokens, vocab_size] of one prompt in one step."""
-    num_tokens = len(token_ids)
-    layout = BatchLayout([num_tokens], [num_tokens], torch.arange(num_tokens), torch.arange(8).unsqueeze(0), 16)
-    cache = KVCache(backbone.kv_shape, 8, 16, backbone.device)
-    with torch.inference_mode():
-        context = ForwardContext.of(layout, cache, choose_backend(backbone.device))
-        return backbone.logits(backbone.forward(backbone.embed(token_ids), context))
 
 
 @pytest.mark.parametrize(("family", "layout"), [("qwen2", "hf"), ("qwen3_moe", "github"), ("gpt_oss", "github")])

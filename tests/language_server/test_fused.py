@@ -4,33 +4,11 @@ import pytest
 import torch
 
 from language_server import fused, packed_linear
-from language_server.attention import choose_backend
-from language_server.attention.base import BatchLayout, KVCache
-from language_server.attention.paged import ForwardContext
-from language_server.backbone import LanguageBackbone, build_model
+from language_server.backbone import LanguageBackbone
 from language_server.packed_linear import PackedLinear
-from tests.language_server.models import reference_logits, tiny_model
+from tests.language_server.models import paged_logits, reference_logits, tiny_model, unfused
 
 CPU = torch.device("cpu")
-
-
-def paged_logits(backbone, token_ids):
-    num_tokens = len(token_ids)
-    layout = BatchLayout([num_tokens], [num_tokens], torch.arange(num_tokens), torch.arange(8).unsqueeze(0), 16)
-    cache = KVCache(backbone.kv_shape, 8, 16, backbone.device)
-    with torch.inference_mode():
-        context = ForwardContext.of(layout, cache, choose_backend(backbone.device))
-        return backbone.logits(backbone.forward(backbone.embed(token_ids), context))
-
-
-def unfused(model, dtype=torch.float32):
-    """A filled ``*ForCausalLM`` with transformers' own layers."""
-    built = build_model(model.config.text_config.to_dict(), False, dtype=dtype, device=CPU)
-    source = {name.replace("model.language_model.", "model."): value for name, value in model.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            parameter.copy_(source[name])
-    return built
 
 
 @pytest.mark.parametrize("is_packed", [True, False])

@@ -1,0 +1,55 @@
+"""The engine's benchmark measures both sides with the same weights, and counts the tokens that were generated."""
+
+import pytest
+import torch
+
+from benchmarks import engine
+from benchmarks.engine import compared, measure
+from benchmarks.engine_subjects import make_pair, random_prompts
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return make_pair(engine.TEXT_SHAPES["tiny"], torch.float32, torch.device("cpu"))
+
+
+def test_both_sides_say_the_same(pair):
+    ours, theirs = pair
+    prompt = random_prompts(1, 16, 2048)
+    expected = theirs._model.generate(torch.tensor(prompt), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    ours._add(1, 16, 8)
+    said = [output.token_id for _ in range(8) for output in ours._engine.step()]
+    assert said == expected[0, 16:].tolist()
+
+
+def test_every_case_is_measured_on_both_sides(pair):
+    cases = measure(pair, num_rounds=1, num_tokens=4, prefill_tokens=32)
+    assert [case["case"] for case in cases] == [
+        "decode, batch 1",
+        "decode, batch 8",
+        "decode, batch 32",
+        "prefill, 32 tokens",
+        "whole batch of 32",
+    ]
+    assert all(case[name] > 0 and len(case["rounds"][name]) == 1 for case in cases for name in ("DvD", "transformers"))
+
+
+def test_rates_are_compared_by_median():
+    class Fixed:
+        def __init__(self, name, seconds):
+            self.name, self._seconds = name, iter(seconds)
+
+        def decode(self, batch, num_tokens):
+            return next(self._seconds)
+
+        def prefill(self, num_tokens):
+            return 1.0
+
+        def whole_batch(self, batch, num_tokens):
+            return 1.0
+
+    warm_up_is_slow = [100.0, 1.0, 1.0, 4.0]
+    ours, theirs = Fixed("ours", warm_up_is_slow * 3), Fixed("theirs", [2.0] * 12)
+    table = compared(measure([ours, theirs], 3, num_tokens=10, prefill_tokens=5), ["ours", "theirs"])
+    assert table.rows[0] == ["decode, batch 1", "10", "5", "2.00 x"]
+    assert table.rows[2] == ["decode, batch 32", "320", "160", "2.00 x"]
