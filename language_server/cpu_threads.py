@@ -14,7 +14,7 @@ import torch
 from language_server.engine import LanguageEngine
 from language_server.sequence import SamplingParams, Sequence
 
-SHARED_CORES_TOLERANCE: Final = 1.2
+SHARED_CORES_TOLERANCE: Final = 1.5
 """Slower by this factor with half the threads is a good bargain where somebody else has use for the cores."""
 _NUM_SEQUENCES: Final = 4
 _NUM_STEPS: Final = 6
