@@ -21,7 +21,7 @@ from benchmarks.random_checkpoint import SHAPES, TextShape
 from benchmarks.record import write_record
 from benchmarks.serve import print_table
 from benchmarks.systems import Dtype
-from benchmarks.tables import NONE, Table, number
+from benchmarks.tables import Table, number
 
 BATCHES: Final = (1, 8, 32)
 TEXT_SHAPES: Final[Mapping[str, TextShape]] = {
@@ -47,11 +47,11 @@ def measure(subjects: Sequence[Subject], num_rounds: int, num_tokens: int, prefi
 
 def compared(cases: Sequence[Case], names: Sequence[str]) -> Table:
     """One row for each case; the last column is the first subject over the second, where there are two."""
-    rows = []
-    for case in cases:
-        ratio = f"{case[names[0]] / case[names[1]]:.2f} x" if len(names) > 1 else NONE
-        rows.append([case["case"], *(number(case[name]) for name in names), ratio])
-    return Table("Tokens/s", ["", *names, " / ".join(names[:2])], rows)
+    rows = [[case["case"], *(number(case[name]) for name in names)] for case in cases]
+    if len(names) == 1:
+        return Table("Tokens/s", ["", *names], rows)
+    ratios = [f"{case[names[0]] / case[names[1]]:.2f} x" for case in cases]
+    return Table("Tokens/s", ["", *names, " / ".join(names)], [[*row, x] for row, x in zip(rows, ratios, strict=True)])
 
 
 def main(argv: Sequence[str]) -> None:

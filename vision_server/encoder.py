@@ -4,7 +4,6 @@ Synchronous, one caller at a time. Knows nothing of requests, queues or sockets.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,11 +89,7 @@ class VisionEncoder:
     def warm_up(self) -> None:
         """First calls compile kernels and fill allocators: let no request pay for that."""
         side = self.config.tiling.tile_size
-        tile = np.zeros((1, side, side, 3), dtype=np.uint8)
-        self.encode(tile)
-        started = time.perf_counter()
-        self.encode(tile)
-        self._side_by_side.observe(time.perf_counter() - started)
+        self.encode(np.zeros((1, side, side, 3), dtype=np.uint8))
 
     @torch.inference_mode()
     def encode(self, tiles: Tiles) -> Tensor:

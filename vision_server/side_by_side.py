@@ -2,19 +2,14 @@
 
 Threads that share one tile meet after every operation, some 20 times a layer; beside a language server one of them is
 always late, and all wait. Threads with tiles of their own meet once a batch. Measured on two cores, 38 M parameters,
-float32: 1.06 tiles/s together, 1.27 side by side. Models with small operations lose instead: their threads wait for the
-interpreter's lock (docs/decisions.md).
+float32: 1.06 tiles/s together, 1.27 side by side (docs/decisions.md).
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Final
 
 import torch
 from torch import Tensor
-
-MIN_THREAD_SECONDS: Final = 0.4
-"""A tile that costs less, seconds times threads, is encoded by all threads together."""
 
 
 class SideBySide:
@@ -24,16 +19,10 @@ class SideBySide:
         self._encode = encode
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tile")
-        self.is_worth_it = True
-
-    def observe(self, seconds: float) -> None:
-        """One tile took so long with all threads."""
-        self.is_worth_it = seconds * self._num_threads >= MIN_THREAD_SECONDS
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """[num_tiles, 3, S, S] -> [num_tiles, tokens per tile, hidden]. Raises what ``encode`` raised first."""
-        num_at_once = self._num_threads if self.is_worth_it else 1
-        parts = [part for tiles in torch.split(pixels, num_at_once) for part in self._at_once(tiles)]
+        parts = [part for tiles in torch.split(pixels, self._num_threads) for part in self._at_once(tiles)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _at_once(self, tiles: Tensor) -> list[Tensor]:

@@ -42,21 +42,6 @@ def test_tiles_of_a_round_share_the_threads(four_threads, num_tiles, threads_eac
     assert torch.get_num_threads() == 4
 
 
-def test_cheap_tiles_are_encoded_by_all_threads_together(four_threads):
-    seen: list[int] = []
-
-    def encode(tile: Tensor) -> Tensor:
-        seen.append(torch.get_num_threads())
-        return tile
-
-    side_by_side = SideBySide(encode, num_threads=4)
-    side_by_side.observe(seconds=0.01)
-    assert len(side_by_side(numbered_tiles(3))) == 3
-    side_by_side.observe(seconds=1.0)
-    assert len(side_by_side(numbered_tiles(3))) == 3
-    assert seen == [4, 4, 4, 1, 1, 1]
-
-
 def test_tiles_run_at_once(four_threads):
     together = threading.Barrier(4, timeout=DEADLINE)
 
