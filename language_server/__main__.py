@@ -1,11 +1,11 @@
 """``python -m language_server --model DIRECTORY ...``: startup -> serve -> drain."""
 
-import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
+from common.service.priority import yield_to_others
 from common.service.program import run_program, run_worker
 from language_server.server import LanguageServer
 from language_server.settings import LanguageSettings
@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def run(settings: LanguageSettings) -> int:
     """0 after a drain, 1 when the engine died."""
-    # Before any other thread exists: threads inherit the priority of the one that starts them.
-    os.nice(settings.nice)
+    yield_to_others(settings.nice)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     return await run_worker(TITLE, lambda: LanguageServer(settings))

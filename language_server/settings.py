@@ -32,7 +32,7 @@ class LanguageSettings(ServerSettings):
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step")
     max_prefill_stretch: float = Field(
-        2.0,
+        1.5,
         gt=1,
         description="how many times as long a step may take because prompts run beside sequences that generate: less"
         " keeps tokens even, more reads prompts sooner",

@@ -1,12 +1,12 @@
 """``python -m vision_server --model DIRECTORY ...``: startup -> serve -> drain."""
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 import torch
 
+from common.service.priority import yield_to_others
 from common.service.program import run_program, run_worker
 from vision_server.server import VisionServer
 from vision_server.settings import VisionSettings
@@ -21,8 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def run(settings: VisionSettings) -> int:
     """0 after a drain, 1 when the device thread died."""
-    # Before any other thread exists: threads inherit the priority of the one that starts them.
-    os.nice(settings.nice)
+    yield_to_others(settings.nice)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     # Pillow warns of strangers' images in words of its own; media.py judges them by number.

@@ -28,7 +28,7 @@ class VisionSettings(ServerSettings):
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="pixels of one image")
     decode_threads: int = Field(2, ge=1, description="threads that decode and tile images")
     threads: int | None = Field(None, ge=1, description="CPU threads of one batch; default: torch's choice")
-    nice: int = Field(0, ge=0, le=19, description="OS priority; 19 leaves the cores to a language server beside it")
+    nice: int = Field(0, ge=0, le=19, description="OS priority; 19: only on cores that nobody else wants at the moment")
     transports: tuple[Literal["zmq", "grpc"], ...] = Field(("zmq", "grpc"), description="ways to deliver features")
     encode_timeout: float = Field(60.0, gt=0, description="seconds for an image whose caller sets no deadline")
     shutdown_timeout: float = Field(60.0, gt=0, description="seconds to finish admitted images after SIGTERM")
