@@ -1,19 +1,20 @@
-"""Decoder layers of the Qwen2 and Qwen3 families in fewer operations, for devices where each operation costs.
+"""Decoder layers of the Qwen2 and Qwen3 families in fewer operations, for CPUs, where each operation costs.
 
 transformers' layers are written for reading; on a CPU with a small batch, launching their hundred small operations
-takes as long as the arithmetic. These compute the same with a third of them: one product for query, key and
-value, one for gate and up, one pass of norm and rotation over query and key heads together. Parity with transformers
-is a test.
+takes as long as the arithmetic. These compute the same in nine: four matrix products, one of them for query, key and
+value and one for gate and up, and kernels between them. Parity with transformers is a test.
 """
 
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from language_server.attention.base import LayerCall
 from language_server.attention.paged import ForwardContext
+from language_server.kernels import layers
+from language_server.kernels.compiler import as_array, share_threads
 from language_server.packed_linear import PackedLinear
 
 FUSED_MODEL_TYPES: Final = frozenset({"qwen2", "qwen3"})
@@ -25,7 +26,7 @@ def can_fuse(config: Any) -> bool:
 
 
 def fuse_layers(model: Any) -> None:
-    """Replace the decoder layers of a loaded ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM``.
+    """Replace the decoder layers of a loaded ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM`` on a CPU.
 
     One at a time, and the original is dropped: beyond the weights, memory holds one layer's.
     """
@@ -37,20 +38,27 @@ def fuse_layers(model: Any) -> None:
 
 
 class _FusedRMSNorm(nn.Module):
-    """Root-mean-square norm by one call of the layer norm kernel: ``[x, -x]`` has mean 0 and variance ``mean(x ** 2)``.
-
-    Rounds once, from float32, where transformers rounds before it multiplies by the weight.
-    """
+    """Root-mean-square norm that rounds once, where transformers rounds before it multiplies by the weight."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight = norm.weight
-        self.eps: float = norm.variance_epsilon
-        self.twice = torch.cat([norm.weight.data, norm.weight.data])
+        self._weight = as_array(norm.weight.data)
+        self._eps = np.float32(norm.variance_epsilon)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., size] -> the same, a view with the rows twice as far apart."""
-        return _rms_norm(hidden, self.twice, self.eps)
+        """[..., hidden_size] -> the same."""
+        rows = hidden.flatten(0, -2).contiguous()
+        out = torch.empty_like(rows)
+        share_threads(rows.numel())
+        layers.rms_norm(as_array(rows), self._weight, self._eps, as_array(out))
+        return out.view(hidden.shape)
+
+    def after_adding(self, delta: Tensor, hidden: Tensor) -> Tensor:
+        """Adds ``delta`` to ``hidden`` in place and returns the norm of the sum; all [num_tokens, hidden_size]."""
+        out = torch.empty_like(hidden)
+        layers.add_rms_norm(as_array(hidden), as_array(delta), self._weight, self._eps, as_array(out))
+        return out
 
 
 class _SignedRotary(nn.Module):
@@ -60,12 +68,12 @@ class _SignedRotary(nn.Module):
         super().__init__()
         self.rotary = rotary
 
-    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine, [num_tokens, 1, head_dim] each."""
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Cosine and signed sine, [num_tokens, head_dim] each."""
         cos, sin = self.rotary(hidden, position_ids)
         half = sin.shape[-1] // 2
         signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        return cos[0].unsqueeze(1), signed[0].unsqueeze(1)
+        return as_array(cos[0].contiguous()), as_array(signed[0])
 
 
 class _FusedDecoderLayer(nn.Module):
@@ -78,7 +86,6 @@ class _FusedDecoderLayer(nn.Module):
         self.index: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.num_heads: int = config.num_attention_heads
-        self.num_kv_heads: int = config.num_key_value_heads
         self.call = LayerCall(attention.scaling, attention.sliding_window, None)
         self.input_norm = _FusedRMSNorm(layer.input_layernorm)
         self.mlp_norm = _FusedRMSNorm(layer.post_attention_layernorm)
@@ -86,56 +93,57 @@ class _FusedDecoderLayer(nn.Module):
         self.out = _merge(attention.o_proj)
         self.gate_up = _merge(mlp.gate_proj, mlp.up_proj)
         self.down = _merge(mlp.down_proj)
-        self.qk_norm, self.qk_eps = self._merge_head_norms(attention)
+        self._head_norms, self._head_eps = _head_norms(attention, layer.input_layernorm.weight)
 
     def forward(
         self,
         hidden_states: Tensor,
         *,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
         paged: ForwardContext,
         **_: Any,
     ) -> Tensor:
         hidden = hidden_states[0]
-        hidden = self._attend(hidden, position_embeddings, paged)
-        return self._think(hidden).unsqueeze(0)
+        attended = self.out(self._attend(self.input_norm(hidden), position_embeddings, paged))
+        hidden = hidden.clone() if self.index == 0 else hidden  # the first layer's input belongs to the caller
+        thought = self.down(self._gate(self.gate_up(self.mlp_norm.after_adding(attended, hidden))))
+        return hidden.add_(thought).unsqueeze(0)
 
-    def _attend(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: ForwardContext) -> Tensor:
-        num_rotated = self.num_heads + self.num_kv_heads
-        heads = self.qkv(self.input_norm(hidden)).view(len(hidden), num_rotated + self.num_kv_heads, self.head_dim)
-        rotated = self._rotate(heads[:, :num_rotated], *position_embeddings)
-        key, value = rotated[:, self.num_heads :], heads[:, num_rotated:]
-        paged.cache.write(self.index, key, value, paged.layout.slot_mapping)
+    def _attend(
+        self,
+        normed: Tensor,
+        position_embeddings: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
+        paged: ForwardContext,
+    ) -> Tensor:
+        """[num_tokens, hidden_size] -> [num_tokens, num_heads * head_dim]."""
+        qkv = self.qkv(normed)
         keys, values = paged.cache.keys[self.index], paged.cache.values[self.index]
-        out = paged.backend.attend(rotated[:, : self.num_heads], keys, values, paged.plan, self.call)
-        attended: Tensor = self.out(out.flatten(1))
-        return hidden + attended
+        layers.rotate_and_cache(
+            as_array(qkv),
+            self._head_norms,
+            self._head_eps,
+            *position_embeddings,
+            paged.layout.slot_mapping.numpy(),
+            as_array(keys.flatten(0, 1)),
+            as_array(values.flatten(0, 1)),
+        )
+        query = qkv.view(len(qkv), -1, self.head_dim)[:, : self.num_heads]
+        return paged.backend.attend(query, keys, values, paged.plan, self.call).flatten(1)
 
-    def _rotate(self, heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-        """Norm, where the family has one, and rotation of query and key heads, [num_tokens, num_heads, head_dim]."""
-        if self.qk_norm is not None:
-            heads = _rms_norm(heads, None, self.qk_eps) * self.qk_norm
-        halves_swapped = heads.roll(self.head_dim // 2, dims=-1)
-        return torch.addcmul(heads * cos, halves_swapped, signed_sin)
-
-    def _think(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
-        thought: Tensor = self.down(F.silu(gate).mul_(up))
-        return hidden + thought
-
-    def _merge_head_norms(self, attention: Any) -> tuple[Tensor | None, float]:
-        """Weights of the query and key heads' norms, [num_heads + num_kv_heads, head_dim]; Qwen2 has none."""
-        if not hasattr(attention, "q_norm"):
-            return None, 0.0
-        query, key = attention.q_norm.weight, attention.k_norm.weight
-        rows = [query.expand(self.num_heads, -1), key.expand(self.num_kv_heads, -1)]
-        return torch.cat(rows), attention.q_norm.variance_epsilon
+    def _gate(self, gate_up: Tensor) -> Tensor:
+        """[num_tokens, 2 * intermediate_size] -> [num_tokens, intermediate_size]."""
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        layers.silu_and_multiply(as_array(gate_up), as_array(out))
+        return out
 
 
-def _rms_norm(values: Tensor, weight_twice: Tensor | None, eps: float) -> Tensor:
-    size = values.shape[-1]
-    both = torch.cat([values, -values], dim=-1)
-    return F.layer_norm(both, (2 * size,), weight_twice, None, eps)[..., :size]
+def _head_norms(attention: Any, like: Tensor) -> tuple[np.ndarray[Any, Any], np.float32]:
+    """Weights of the query and key heads' norms, [num_heads + num_kv_heads, head_dim]; Qwen2 has none: no rows."""
+    if not hasattr(attention, "q_norm"):
+        return as_array(like.data.new_empty(0, attention.head_dim)), np.float32(0.0)
+    query, key, config = attention.q_norm, attention.k_norm, attention.config
+    rows = [query.weight.expand(config.num_attention_heads, -1), key.weight.expand(config.num_key_value_heads, -1)]
+    return as_array(torch.cat(rows).detach()), np.float32(query.variance_epsilon)
 
 
 def _merge(*linears: nn.Linear) -> PackedLinear:

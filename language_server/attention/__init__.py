@@ -4,6 +4,7 @@ import torch
 
 from language_server.attention import flash
 from language_server.attention.base import AttentionBackend
+from language_server.attention.cpu import CpuBackend
 from language_server.attention.sdpa import SdpaBackend
 
 
@@ -11,4 +12,4 @@ def choose_backend(device: torch.device) -> AttentionBackend:
     """The fastest backend that works here."""
     if device.type == "cuda" and flash.is_available():
         return flash.FlashBackend()
-    return SdpaBackend()
+    return CpuBackend() if device.type == "cpu" else SdpaBackend()

@@ -1,4 +1,4 @@
-"""Paged attention out of PyTorch's scaled_dot_product_attention: the backend of CPUs, and the fallback elsewhere.
+"""Paged attention out of PyTorch's scaled_dot_product_attention: prompts on CPUs, and the fallback elsewhere.
 
 Keys and values are gathered from their blocks first. Sequences with one query token are gathered together, in groups of
 like length small enough that the copy stays in the processor's cache: measured on a CPU with 4 KV heads of 64, one
@@ -45,22 +45,47 @@ class SdpaPlan:
 
 
 class SdpaBackend(AttentionBackend):
+    """``only_prompts``: somebody else computes the sequences with one token."""
+
+    def __init__(self, *, only_prompts: bool = False) -> None:
+        self._only_prompts = only_prompts
+
     def plan(self, layout: BatchLayout) -> SdpaPlan:
         return SdpaPlan(layout)
 
     def attend(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, plan: SdpaPlan, call: LayerCall
     ) -> torch.Tensor:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        self.attend_into(out, query, key_cache, value_cache, plan, call)
+        return out
+
+    def attend_into(
+        self,
+        out: torch.Tensor,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        plan: SdpaPlan,
+        call: LayerCall,
+    ) -> None:
+        """``attend``, into the rows of ``out`` that are ours."""
         if call.sliding_window not in plan.by_window:
-            plan.by_window[call.sliding_window] = _gathers(plan.layout, call.sliding_window, query.dtype)
+            plan.by_window[call.sliding_window] = self._gathers(plan.layout, call.sliding_window, query.dtype)
         gathers = plan.by_window[call.sliding_window]
         keys, values = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in gathers.decodes:
             out[group.rows] = _decode(query[group.rows], keys, values, group, call)
         for prefill in gathers.prefills:
             out[prefill.tokens] = _prefill(query[prefill.tokens], keys, values, prefill, call)
-        return out
+
+    def _gathers(self, layout: BatchLayout, window: int | None, dtype: torch.dtype) -> _Gathers:
+        decodes = [] if self._only_prompts else _decode_groups(layout, window, dtype)
+        prefills, start = [], layout.num_single
+        for row in range(layout.num_single, len(layout.query_lens)):
+            prefills.append(_plan_prefill(layout, row, start, window, dtype))
+            start += layout.query_lens[row]
+        return _Gathers(decodes, prefills)
 
 
 def _decode(
@@ -137,14 +162,9 @@ def _attend_with_sinks(
     return out
 
 
-def _gathers(layout: BatchLayout, window: int | None, dtype: torch.dtype) -> _Gathers:
+def _decode_groups(layout: BatchLayout, window: int | None, dtype: torch.dtype) -> list[_DecodeGroup]:
     group_tokens = _CPU_GROUP_TOKENS if layout.device.type == "cpu" else _GPU_GROUP_TOKENS
-    decodes = [_decode_group(layout, rows, window, dtype) for rows in _group_rows(layout, window, group_tokens)]
-    prefills, start = [], layout.num_single
-    for row in range(layout.num_single, len(layout.query_lens)):
-        prefills.append(_plan_prefill(layout, row, start, window, dtype))
-        start += layout.query_lens[row]
-    return _Gathers(decodes, prefills)
+    return [_decode_group(layout, rows, window, dtype) for rows in _group_rows(layout, window, group_tokens)]
 
 
 def _group_rows(layout: BatchLayout, window: int | None, group_tokens: int) -> list[list[int]]:

@@ -7,10 +7,12 @@ import torch
 
 from language_server.attention import choose_backend, paged, sdpa
 from language_server.attention.base import BatchLayout, KVCache, KVShape, LayerCall
+from language_server.attention.cpu import CpuBackend
 from language_server.attention.paged import ForwardContext
 from tests.language_server.models import FAMILIES, reference_logits, tiny_model
 
 BLOCK = 4
+BACKENDS = {"sdpa": sdpa.SdpaBackend, "cpu": CpuBackend}
 
 
 class Batch:
@@ -48,8 +50,8 @@ class Batch:
         padded = torch.tensor([table + [0] * (width - len(table)) for table in tables])
         return BatchLayout(query_lens, seq_lens, torch.tensor(positions), padded, BLOCK)
 
-    def attend(self, call):
-        backend = sdpa.SdpaBackend()
+    def attend(self, call, backend=None):
+        backend = backend or sdpa.SdpaBackend()
         return backend.attend(self.query, self.cache.keys[0], self.cache.values[0], backend.plan(self.layout), call)
 
     def expected(self, call):
@@ -75,6 +77,7 @@ def _attend_one(query, keys, values, call):
     return torch.einsum("hk,khd->hd", weights, values)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 @pytest.mark.parametrize(
@@ -89,10 +92,28 @@ def _attend_one(query, keys, values, call):
     ],
     ids=["first-token", "even", "uneven", "prompt", "chunk", "mixed"],
 )
-def test_sdpa_equals_the_definition(query_lens, seq_lens, window, has_sinks):
+def test_backends_equal_the_definition(query_lens, seq_lens, window, has_sinks, backend):
     batch = Batch(query_lens, seq_lens)
     call = LayerCall(0.3, window, torch.linspace(-1, 2, 6) if has_sinks else None)
-    torch.testing.assert_close(batch.attend(call).double(), batch.expected(call), atol=2e-6, rtol=1e-5)
+    actual = batch.attend(call, BACKENDS[backend]())
+    torch.testing.assert_close(actual.double(), batch.expected(call), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_query_heads_may_lie_among_others(offset):
+    """As they do in a product that gave query, key and value heads at once."""
+    batch = Batch([1, 1, 6], [9, 30, 11])
+    heads = torch.full((8, 6 + 5, 8), math.nan)
+    heads[:, offset : offset + 6] = batch.query
+    batch.query = heads[:, offset : offset + 6]
+    call = LayerCall(0.3, None, None)
+    torch.testing.assert_close(batch.attend(call, CpuBackend()).double(), batch.expected(call), atol=2e-6, rtol=1e-5)
+
+
+def test_a_long_history_is_shared_among_threads():
+    batch = Batch([1] * 3, [4000, 7, 2500], head_dim=16)
+    call = LayerCall(0.3, None, None)
+    torch.testing.assert_close(batch.attend(call, CpuBackend()).double(), batch.expected(call), atol=2e-6, rtol=1e-5)
 
 
 def test_sequences_are_grouped_by_length_and_cut_at_the_limit(monkeypatch):
@@ -105,8 +126,7 @@ def test_sequences_are_grouped_by_length_and_cut_at_the_limit(monkeypatch):
 
 
 def batch_groups(batch):
-    gathers = sdpa._gathers(batch.layout, None, torch.float32)
-    return [group.rows.tolist() for group in gathers.decodes]
+    return [group.rows.tolist() for group in sdpa._decode_groups(batch.layout, None, torch.float32)]
 
 
 def test_score_matrices_with_sinks_are_built_in_slices(monkeypatch):
@@ -116,17 +136,18 @@ def test_score_matrices_with_sinks_are_built_in_slices(monkeypatch):
     torch.testing.assert_close(batch.attend(call).double(), batch.expected(call), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_bfloat16(has_sinks):
+def test_bfloat16(has_sinks, backend):
     batch = Batch([1, 1, 9], [7, 30, 25], dtype=torch.bfloat16)
     call = LayerCall(0.3, None, torch.linspace(-1, 2, 6).bfloat16() if has_sinks else None)
-    out = batch.attend(call)
+    out = batch.attend(call, BACKENDS[backend]())
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), batch.expected(call), atol=2e-2, rtol=2e-2)
 
 
-def test_cpu_gets_sdpa():
-    assert isinstance(choose_backend(torch.device("cpu")), sdpa.SdpaBackend)
+def test_a_cpu_reads_the_history_in_place():
+    assert isinstance(choose_backend(torch.device("cpu")), CpuBackend)
 
 
 class Prompts:
