@@ -3,13 +3,14 @@
     python -m benchmarks compare --model DIR --systems dvd,colocated,vllm --vllm ENV/bin/vllm --seconds 60
 
 Each system is started, asked text alone, images alone and both at once (``dvd bench serve --preset
-text-beside-images``), and stopped. ``--rounds`` repeats all of it, so that a machine that others use as well shows how
-far its figures wander; the table takes the median of the rounds.
+text-beside-images``), or by sixteen clients at once (``--preset language``), and stopped. ``--rounds`` repeats all of
+it, so that a machine that others use as well shows how far its figures wander; the table takes the median of the
+rounds.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, get_args
@@ -72,7 +73,19 @@ def figures(summaries: Sequence[Summary]) -> Figures:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def comparison(rounds: Mapping[str, Sequence[Figures]]) -> Table:
+def phase_figures(summaries: Sequence[Summary]) -> Figures:
+    """The same rows of every phase that has one kind of client."""
+    values: dict[str, float | None] = {}
+    for summary in (summary for summary in summaries if summary.source):
+        values[f"{summary.phase}: requests/s"] = summary.requests_per_s
+        values[f"{summary.phase}: tokens out/s"] = summary.output_tokens_per_s
+        for metric, percentile in (("itl", 50), ("itl", 99), ("ttft", 50), ("ttft", 99)):
+            values[f"{summary.phase}: {metric.upper()} p{percentile}, ms"] = _at(summary, metric, percentile)
+    values["failed requests"] = float(sum(s.num_failed for s in summaries if s.source))
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def comparison(rounds: Mapping[str, Sequence[Figures]], title: str = "Text beside images") -> Table:
     """One column for each system, medians over its rounds; then the first system over each of the others."""
     names = list(rounds)
     rows = []
@@ -82,12 +95,23 @@ def comparison(rounds: Mapping[str, Sequence[Figures]]) -> Table:
         shown = [NONE if ratio is None or row == "failed requests" else f"{ratio:.2f} x" for ratio in ratios]
         rows.append([row, *(number(value) for value in medians), *shown])
     columns = ["", *names, *(f"{names[0]} / {other}" for other in names[1:])]
-    return Table("Text beside images", columns, rows, notes=[_rounds_note(rounds)])
+    return Table(title, columns, rows, notes=[_rounds_note(rounds)])
 
 
-def measure(plan: Plan, under_test: Sequence[System], num_rounds: int, console: Console) -> list[dict[str, Any]]:
+def measure(
+    plan: Plan,
+    under_test: Sequence[System],
+    num_rounds: int,
+    console: Console,
+    read: Callable[[Sequence[Summary]], Figures] = figures,
+) -> list[dict[str, Any]]:
     """Every round: one system after the other. Returns a record of each run, in order."""
-    return measure_rounds(plan, under_test, num_rounds, console, _read)
+
+    def record(_: System, result: Result) -> dict[str, Any]:
+        summaries = [summary for phase in result.phases for summary in summarize(phase)]
+        return {"figures": read(summaries), "summaries": [asdict(summary) for summary in summaries]}
+
+    return measure_rounds(plan, under_test, num_rounds, console, record)
 
 
 def by_system(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Figures]]:
@@ -98,31 +122,44 @@ def by_system(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Figures]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    title: str
+    options: Mapping[str, str]
+    """Of ``dvd bench serve``, beside the preset."""
+    read: Callable[[Sequence[Summary]], Figures]
+
+
+_DEFAULT_LOAD: Final = "text-beside-images"
+_LOADS: Final[Mapping[str, _Load]] = {
+    _DEFAULT_LOAD: _Load("Text beside images", {"input_tokens": "64"}, figures),
+    "language": _Load("Sixteen clients", {}, phase_figures),
+}
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
     parser.add_argument("--model", default="nano", help="a checkpoint directory, or nano")
     parser.add_argument("--systems", type=lambda text: text.split(","), default=["dvd", "colocated"])
     parser.add_argument("--vllm", type=Path, help="the vllm command, such as ENV/bin/vllm")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of every system")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each of the three phases")
+    parser.add_argument("--preset", choices=list(_LOADS), default=_DEFAULT_LOAD, help="what they are asked")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each phase")
     parser.add_argument("--warmup", type=float, default=10.0, help="seconds of load before each phase")
     parser.add_argument("--rounds", type=int, default=1, help="repeat all of it")
     parser.add_argument("--results", type=Path, help="directory for the raw record")
     arguments = parser.parse_args(argv)
     under_test = systems(arguments.systems, arguments.model, arguments.dtype, arguments.vllm)
-    load = {"preset": "text-beside-images", "input_tokens": "64"}
+    load = _LOADS[arguments.preset]
     times = {"duration": arguments.seconds, "warmup": arguments.warmup}
-    plan = make_plan(BenchServeSettings.model_validate(load | times))
-    records = measure(plan, under_test, arguments.rounds, Console(stderr=True))
-    print_table(Console(width=160), comparison(by_system(records)))
+    plan = make_plan(BenchServeSettings.model_validate({"preset": arguments.preset, **load.options, **times}))
+    records = measure(plan, under_test, arguments.rounds, Console(stderr=True), load.read)
+    print_table(Console(width=160), comparison(by_system(records), load.title))
     if arguments.results:
+        name = "compare" if arguments.preset == _DEFAULT_LOAD else f"compare-{arguments.preset}"
         of = f"{Path(arguments.model).name}-{arguments.dtype}"
-        print(write_record(arguments.results, "compare", argv, {"load": plan.describe(), "runs": records}, of))
-
-
-def _read(_: System, result: Result) -> dict[str, Any]:
-    summaries = [summary for phase in result.phases for summary in summarize(phase)]
-    return {"figures": figures(summaries), "summaries": [asdict(summary) for summary in summaries]}
+        found = {"title": load.title, "load": plan.describe(), "runs": records}
+        print(write_record(arguments.results, name, argv, found, of))
 
 
 def _given(vllm: Path | None) -> Path:

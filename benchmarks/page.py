@@ -73,8 +73,12 @@ def _tables(record: Mapping[str, Any]) -> Iterator[Table]:
 def _compared(record: Mapping[str, Any]) -> Iterator[Table]:
     found = record["figures"]
     commands = dict.fromkeys(f"{run['system']}: `{run['command']}`" for run in found["runs"])
-    table = shapes_compared(found["shape"], found["runs"]) if "shape" in found else comparison(by_system(found["runs"]))
+    table = shapes_compared(found["shape"], found["runs"]) if "shape" in found else _systems_compared(found)
     yield replace(table, notes=[*table.notes, *found["load"], *commands])
+
+
+def _systems_compared(found: Mapping[str, Any]) -> Table:
+    return comparison(by_system(found["runs"]), found.get("title", "Text beside images"))
 
 
 def _table18(record: Mapping[str, Any]) -> Iterator[Table]:

@@ -4,6 +4,8 @@
 * ``reuse``: 0, 50 and 90 % of the images repeated.
 * ``text-beside-images``: four clients that ask for text alone, two that ask about 896 px images alone, then all six
   at once: what images cost the text requests beside them.
+* ``language``: sixteen clients that ask for text (256 tokens in, 64 out), then sixteen of which half of the requests
+  carry a 448 px image: what the language engine does with a full batch.
 """
 
 import math
@@ -232,8 +234,22 @@ def _text_beside_images(settings: BenchServeSettings) -> Plan:
     return Plan(tuple(phases), settings.seed, compared=names)
 
 
+def _language(settings: BenchServeSettings) -> Plan:
+    decided = ("image_size", "images_per_request", "text_only_share", "input_tokens", "output_tokens")
+    _refuse(settings, (*decided, "num_prompts", *_LOADS))
+    base = replace(_workload(settings), input_tokens=fixed(256), output_tokens=fixed(64), ignore_eos=True)
+    mixed = replace(base, image_sizes=((Size(448, 448), 1.0),), text_only_share=0.5)
+    seconds = settings.duration or _PRESET_SECONDS
+    phases = [
+        Phase(name, (Source("requests", ClosedLoop(16), workload),), seconds, settings.warmup)
+        for name, workload in (("text", replace(base, text_only_share=1.0)), ("text and images", mixed))
+    ]
+    return Plan(tuple(phases), settings.seed)
+
+
 _PRESETS: Final[Mapping[Preset, Callable[[BenchServeSettings], Plan]]] = {
     "internvl": _internvl,
     "reuse": _reuse,
     "text-beside-images": _text_beside_images,
+    "language": _language,
 }

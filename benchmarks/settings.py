@@ -7,7 +7,7 @@ from typing import ClassVar, Final, Literal
 from common.service.errors import ConfigError
 from common.service.settings import Field, SecretStr, Settings
 
-Preset = Literal["internvl", "reuse", "text-beside-images"]
+Preset = Literal["internvl", "reuse", "text-beside-images", "language"]
 
 _EXTRA: Final = ("aiohttp", "matplotlib", "jinja2")
 

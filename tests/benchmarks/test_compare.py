@@ -1,10 +1,12 @@
 """One system beside another: the same load, the same figures, and ratios that say which is which."""
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from benchmarks import compare
 from benchmarks.compare import by_system, comparison, figures, measure, systems
+from benchmarks.page import page
 from benchmarks.presets import make_plan
 from benchmarks.settings import BenchServeSettings
 from benchmarks.systems import Dvd, Vllm
@@ -58,6 +60,21 @@ def test_nano_is_measured_in_all_three_phases():
         compare.IMAGES_ALONE,
         compare.BOTH,
     }
+
+
+def test_nano_is_asked_by_sixteen_clients(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "Console", lambda **_: Console(width=160, no_color=True))
+    options = {"threads": 1, "vision_nice": 0}
+    monkeypatch.setattr(compare, "systems", lambda *_: [Dvd("DvD", "nano", options)])
+    argv = ["--preset", "language", "--seconds", "1.5", "--warmup", "0", "--results", str(tmp_path)]
+    compare.main(argv)
+    assert "Sixteen clients" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*-compare-language-nano-float32.json")
+    (found,) = by_system(msgspec.json.decode(path.read_bytes())["figures"]["runs"])["DvD"]
+    assert found["failed requests"] == 0
+    assert found["text: requests/s"] > 0
+    assert found["text and images: ITL p99, ms"] >= found["text and images: ITL p50, ms"] > 0
+    assert "Sixteen clients" in page(tmp_path)
 
 
 def test_figures_need_all_three_phases():

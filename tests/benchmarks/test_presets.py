@@ -130,7 +130,7 @@ def test_percentiles():
         ("--preset reuse --image-reuse-ratio 0.5", "--image-reuse-ratio: decided by --preset reuse"),
         ("--preset internvl --image-size 448", "--image-size: decided by --preset internvl"),
         ("--preset text-beside-images --concurrency 2", "--concurrency: decided by --preset text-beside-images"),
-        ("--preset nothing", "preset: Input should be 'internvl', 'reuse' or 'text-beside-images'"),
+        ("--preset nothing", "preset: Input should be 'internvl', 'reuse', 'text-beside-images' or 'language'"),
         ("--image-reuse-ratio 2", "image_reuse_ratio: Input should be less than or equal to 1"),
         ("--request-rat 2", "unknown flag --request-rat; did you mean --request-rate?"),
     ],
@@ -168,6 +168,17 @@ def test_reuse():
     assert [phase.sources[0].workload.image_reuse_ratio for phase in found.phases] == [0, 0.5, 0.9]
     assert {(phase.duration, phase.sources[0].num_requests) for phase in found.phases} == {(None, 10)}
     assert {phase.duration for phase in plan("--preset", "reuse").phases} == {30.0}
+
+
+def test_language():
+    found = plan("--preset", "language")
+    assert [(phase.name, phase.sources[0].arrivals) for phase in found.phases] == [
+        ("text", ClosedLoop(16)),
+        ("text and images", ClosedLoop(16)),
+    ]
+    workloads = [phase.sources[0].workload for phase in found.phases]
+    assert [workload.text_only_share for workload in workloads] == [1.0, 0.5]
+    assert {(w.input_tokens, w.output_tokens, w.ignore_eos) for w in workloads} == {(fixed(256), fixed(64), True)}
 
 
 def test_text_beside_images():
