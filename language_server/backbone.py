@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,7 +21,7 @@ from language_server.attention.base import KVShape
 from language_server.attention.paged import ForwardContext
 from language_server.fused import can_fuse, fuse_layers
 
-SUPPORTED_MODEL_TYPES = frozenset({"qwen2", "qwen3", "qwen3_moe", "gpt_oss"})
+SUPPORTED_MODEL_TYPES = frozenset({"qwen2", "qwen3", "qwen3_moe", "gpt_oss", "internlm3"})
 
 # Keys of published text configs that say how somebody once ran the model, not what it is.
 _RUN_TIME_KEYS = frozenset(
@@ -115,12 +116,21 @@ def build_model(
     values = {key: value for key, value in text_config.items() if key not in _RUN_TIME_KEYS}
     values["tie_word_embeddings"] = tie_word_embeddings
     paged.register()
+    config = _make_config(model_type, values)
     with torch.device("meta"):
-        config = AutoConfig.for_model(model_type, **values)
         model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=paged.NAME, dtype=dtype)
     _materialise(model, device)
     _restore_computed_buffers(model, device)
     return model
+
+
+def _make_config(model_type: str, values: Mapping[str, Any]) -> Any:
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    # A family that this release lacks, or a value that it refuses.
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"config.json: transformers refuses text config {model_type!r}: {reason}") from error
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Decoder layers of the Qwen2 and Qwen3 families in fewer operations, for CPUs, where each operation costs.
+"""Decoder layers of the Qwen2, Qwen3 and InternLM3 families in fewer operations, for CPUs, where each operation costs.
 
 transformers' layers are written for reading; on a CPU with a small batch, launching their hundred small operations
 takes as long as the arithmetic. These compute the same in nine: four matrix products, one of them for query, key and
@@ -17,7 +17,7 @@ from language_server.kernels import layers
 from language_server.kernels.compiler import as_array, share_threads
 from language_server.packed_linear import PackedLinear
 
-FUSED_MODEL_TYPES: Final = frozenset({"qwen2", "qwen3"})
+FUSED_MODEL_TYPES: Final = frozenset({"internlm3", "qwen2", "qwen3"})
 
 
 def can_fuse(config: Any) -> bool:
@@ -26,7 +26,7 @@ def can_fuse(config: Any) -> bool:
 
 
 def fuse_layers(model: Any) -> None:
-    """Replace the decoder layers of a loaded ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM`` on a CPU.
+    """Replace the decoder layers of a loaded ``*ForCausalLM`` of these families on a CPU.
 
     One at a time, and the original is dropped: beyond the weights, memory holds one layer's.
     """
@@ -86,7 +86,7 @@ class _FusedDecoderLayer(nn.Module):
         self.index: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.num_heads: int = config.num_attention_heads
-        self.call = LayerCall(attention.scaling, attention.sliding_window, None)
+        self.call = LayerCall(attention.scaling, getattr(attention, "sliding_window", None), None)
         self.input_norm = _FusedRMSNorm(layer.input_layernorm)
         self.mlp_norm = _FusedRMSNorm(layer.post_attention_layernorm)
         self.qkv = _merge(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -138,7 +138,7 @@ class _FusedDecoderLayer(nn.Module):
 
 
 def _head_norms(attention: Any, like: Tensor) -> tuple[np.ndarray[Any, Any], np.float32]:
-    """Weights of the query and key heads' norms, [num_heads + num_kv_heads, head_dim]; Qwen2 has none: no rows."""
+    """Weights of the query and key heads' norms, [num_heads + num_kv_heads, head_dim]; only Qwen3 has some."""
     if not hasattr(attention, "q_norm"):
         return as_array(like.data.new_empty(0, attention.head_dim)), np.float32(0.0)
     query, key, config = attention.q_norm, attention.k_norm, attention.config

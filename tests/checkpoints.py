@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GptOssConfig,
+    InternLM3Config,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -33,7 +34,7 @@ from transformers import (
 
 Role = Literal["vision", "language"]
 Layout = Literal["hf", "hf_legacy", "github"]
-TextFamily = Literal["qwen2", "qwen3", "qwen3_moe", "gpt_oss"]
+TextFamily = Literal["qwen2", "qwen3", "qwen3_moe", "gpt_oss", "internlm3"]
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -291,11 +292,17 @@ def _gpt_oss(**values: Any) -> GptOssConfig:
     return GptOssConfig(**(shape | experts | {"head_dim": 16, "sliding_window": 32} | values))
 
 
+def _internlm3(**values: Any) -> InternLM3Config:
+    shape = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80}
+    return InternLM3Config(**(shape | {"head_dim": 16, "qkv_bias": True, "bias": True} | values))
+
+
 _TEXT_CONFIGS: dict[TextFamily, Callable[..., PretrainedConfig]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "gpt_oss": _gpt_oss,
+    "internlm3": _internlm3,
 }
 
 
@@ -426,12 +433,20 @@ def _github_config(config: InternVLConfig, max_tiles: int) -> dict[str, Any]:
     }
 
 
+_ARCHITECTURES = {
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "gpt_oss": "GptOss",
+    "internlm3": "InternLM3",
+}
+
+
 def _github_text_config(text: PretrainedConfig) -> dict[str, Any]:
     """As transformers 4, which the published checkpoints were written with, spelled rotary embeddings."""
     values: dict[str, Any] = text.to_dict()
     rope = dict(values.pop("rope_parameters"))
-    architecture = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "gpt_oss": "GptOss"}[text.model_type]
-    values["architectures"] = [f"{architecture}ForCausalLM"]
+    values["architectures"] = [f"{_ARCHITECTURES[text.model_type]}ForCausalLM"]
     values["rope_theta"] = rope.pop("rope_theta")
     values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     return values

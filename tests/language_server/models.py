@@ -14,7 +14,7 @@ from tests import checkpoints
 # Tiny matrices: a second thread only waits for the first, and on a busy machine it waits for whole time slices.
 torch.set_num_threads(1)
 
-FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "gpt_oss")
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "gpt_oss", "internlm3")
 
 
 @lru_cache(maxsize=len(FAMILIES))

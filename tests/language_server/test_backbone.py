@@ -14,7 +14,9 @@ from tests.language_server.models import FAMILIES, paged_logits, reference_logit
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("family", "layout"), [("qwen2", "hf"), ("qwen3_moe", "github"), ("gpt_oss", "github")])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("qwen2", "hf"), ("qwen3_moe", "github"), ("gpt_oss", "github"), ("internlm3", "github")]
+)
 def test_a_loaded_checkpoint_computes_what_it_should(tmp_path, family, layout):
     checkpoint = make_checkpoint(tmp_path, text=family, layout=layout, shards=2)
     seen = []
@@ -80,3 +82,10 @@ def test_how_somebody_once_ran_the_model_is_ignored():
 def test_an_unknown_text_model_is_refused():
     with pytest.raises(CheckpointError, match="'mamba' is not supported"):
         build_model({"model_type": "mamba"}, False, dtype=torch.float32, device=CPU)
+
+
+def test_a_text_config_that_transformers_refuses_is_told():
+    model, _ = tiny_model("internlm3")
+    text = model.config.text_config.to_dict() | {"num_attention_heads": 5}
+    with pytest.raises(CheckpointError, match=r"transformers refuses text config 'internlm3': .*multiple"):
+        build_model(text, False, dtype=torch.float32, device=CPU)

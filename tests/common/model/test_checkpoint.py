@@ -16,7 +16,7 @@ from common.service.errors import CheckpointError
 from tests.checkpoints import VISION_6B, VISION_300M, make_checkpoint
 
 LAYOUTS = ("hf", "hf_legacy", "github")
-FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "gpt_oss")
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "gpt_oss", "internlm3")
 
 
 def language_model(path, dtype=torch.float32):
