@@ -22,11 +22,11 @@ protos: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy protos common vision_server language_server router deploy benchmarks tests
+	$(BIN)/mypy protos common vision_server language_server router deploy dvd benchmarks tests
 	$(BIN)/codespell
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 demo: $(STAMP)
 	$(BIN)/dvd demo

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -89,6 +90,17 @@ def _chat(argv: Sequence[str]) -> int:
 
     _exit_on_sigterm()
     return run(options.ChatSettings.load(model_first(options.ChatSettings, argv)))
+
+
+def _generate(argv: Sequence[str]) -> int:
+    flags, words = generate_arguments(argv)
+    settings = options.GenerateSettings.load(flags)
+    if len(words) > 1:
+        raise ConfigError(f"several prompts, the second is {words[1][:64]!r}; put one in quotes, or say --prompts FILE")
+    from deploy.offline.command import main as run
+
+    _exit_on_sigterm()
+    return run(settings, words[0] if words else None)
 
 
 def _doctor(argv: Sequence[str]) -> int:
@@ -181,6 +193,7 @@ COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "scale": (_scale, "[NAME] vision=N language=N routers=N: have more or fewer"),
     "down": (_down, "[NAME]: end a cluster"),
     "chat": (_chat, "[MODEL]: chat in the terminal, with images"),
+    "generate": (_generate, "MODEL PROMPT: start, answer about --image FILE, stop"),
     "doctor": (_doctor, "[MODEL]: can this machine run it?"),
     "demo": (_demo, "serve the nano model, ask about three pictures, stop"),
     "bench": (_bench, "NAME: measure a server"),
@@ -192,6 +205,7 @@ BENCHMARKS: Final[Mapping[str, tuple[Command, str]]] = {
 _OWN_SETTINGS: Final[tuple[type[Settings], ...]] = (
     options.ServeSettings,
     options.ChatSettings,
+    options.GenerateSettings,
     options.DoctorSettings,
     options.DemoSettings,
     cluster_options.UpSettings,
@@ -210,6 +224,18 @@ def model_first(declared: type[Settings], argv: Sequence[str]) -> list[str]:
     """
     flags, words = _split(declared, argv)
     return [f"--model={words[0]}", *flags] if len(words) == 1 else [*flags, *words]
+
+
+def generate_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``MODEL PROMPT --flag ...`` in any order as flags, and what is left: the prompt. After ``--`` all is words."""
+    argv = ["--format=json" if argument == "--json" else argument for argument in argv]
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags, words = _split(options.GenerateSettings, argv[:end])
+    words += argv[end + 1 :]
+    if words and not any(flag.startswith("--model=") for flag in flags):
+        flags.append(f"--model={words.pop(0)}")
+    # In quotes: a bare value would be divided at its commas.
+    return [re.sub(r'^--image=([^"]*)$', r'--image="\1"', flag) for flag in flags], words
 
 
 def _resolved(declared: type[Settings], argv: Sequence[str]) -> list[str]:

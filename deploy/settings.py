@@ -2,7 +2,7 @@
 
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BeforeValidator, SecretStr, create_model, model_validator
 
@@ -137,6 +137,33 @@ else:
     ServeSettings = create_model(
         "ServeSettings", __base__=_ServeOptions, __doc__=_ServeOptions.__doc__, **_options_of_programs()
     )
+
+
+class GenerateSettings(ServeSettings):
+    """Start MODEL on this machine, answer PROMPT or every line of a file on stdout, stop. --json is short for
+    --format json. Also takes every option of `dvd serve`."""
+
+    program: ClassVar[str] = "dvd generate"
+
+    image: list[str] = Field(
+        [],
+        description="image before the text: a file or a data: URL; repeat it for several. With --prompts: for each"
+        " prompt that names none itself",
+    )
+    prompts: Path | None = Field(
+        None,
+        description="file with a prompt a line instead of PROMPT, - for stdin: plain text, or a JSON object with"
+        " `prompt` and if need be `images`, `system`, `max_tokens`, ...; asked together, answered in order",
+    )
+    format: Literal["text", "json"] = Field(
+        "text", description="text as it comes, or one JSON object a prompt with text, finish_reason, usage, timing"
+    )
+    system: str | None = Field(None, description="system message")
+    max_tokens: int | None = Field(None, ge=1, description="longest answer in tokens; unset: what the context holds")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; unset: the model's value")
+    top_p: float | None = Field(None, gt=0, le=1, description="share of probability to sample from")
+    top_k: int | None = Field(None, ge=-1, description="tokens to sample from; -1: all")
+    seed: int | None = Field(None, description="of sampling: the same seed, the same answer")
 
 
 class ColocatedSettings(ServerSettings):

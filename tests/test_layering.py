@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "language_server": {"language_server", "common", "protos"},
     "router": {"router", "common", "protos"},
     "deploy": {"deploy", "vision_server", "language_server", "router", "common", "protos"},
+    "dvd": {"dvd", "deploy", "common"},
     "benchmarks": {"benchmarks", "deploy", "vision_server", "language_server", "router", "common", "protos"},
 }
 # `dvd bench` is a subcommand like the others; its options are read at start, the benchmarks themselves when they run.
@@ -30,6 +31,9 @@ TORCH_FREE = (
     "common/transport/base.py",
     "deploy/cli.py",
     "deploy/chat.py",
+    "deploy/images.py",
+    "deploy/offline",
+    "dvd",
 )
 
 

@@ -1,7 +1,8 @@
 """The README is true: its commands run, its output is what they print, its tree is the tree.
 
 A comment ``<!-- test: KIND -->`` before a block says how: ``demo`` runs ``dvd demo`` and compares what it prints,
-``parse`` checks command and options, ``client`` runs the block against a system that serves nano.
+``parse`` checks command and options, ``client`` runs the block against a system that serves nano, ``generate`` and
+``offline`` run it and compare what it prints with what follows, or with its comments.
 """
 
 import os
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 MARKED = re.compile(r"<!-- test: (?P<kind>\w+) -->\n```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 TREE_LINE = re.compile(r"(?P<indent> *)(?P<name>\S+) +\S")
-PACKAGES = ("protos", "common", "vision_server", "language_server", "router", "deploy", "benchmarks")
+PACKAGES = ("protos", "common", "vision_server", "language_server", "router", "deploy", "dvd", "benchmarks")
 TIMEOUT = 100
 SETTINGS: dict[str, type[Settings]] = {
     **settings.PROGRAMS,
@@ -99,6 +100,20 @@ def test_clients_get_an_answer(nano, language, text):
     runner = {"python": [sys.executable, "-c"], "bash": ["bash", "-c"]}[language]
     environ = {**os.environ, "no_proxy": "127.0.0.1"}
     assert run([*runner, text.replace("http://127.0.0.1:8000", nano.address)], env=environ).strip()
+
+
+def test_dvd_generate_prints_what_the_readme_shows():
+    ((_, text),) = blocks("generate")
+    shown = [line for line in text.splitlines() if not line.startswith(("$ ", "> "))]
+    script = [line[2:] for line in text.splitlines() if line.startswith(("$ ", "> "))]
+    dvd = f'dvd() {{ {shlex.quote(sys.executable)} -m deploy.cli "$@"; }}'
+    assert run(["bash", "-euo", "pipefail", "-c", "\n".join([dvd, *script])]).splitlines() == shown
+
+
+def test_python_prints_what_the_readme_says():
+    ((_, text),) = blocks("offline")
+    said = re.findall(r"print\(.*\)  # (.*)", text)
+    assert run([sys.executable, "-c", text]).splitlines() == said
 
 
 def test_make_knows_its_targets():

@@ -20,7 +20,7 @@ def one_line_on_stderr(capsys):
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == cli.main([]) == 0
     shown = capsys.readouterr().out
-    for command in ("serve", "vision", "language", "router", "chat", "doctor", "demo"):
+    for command in ("serve", "vision", "language", "router", "chat", "generate", "doctor", "demo"):
         assert f"\n  {command} " in shown
 
 

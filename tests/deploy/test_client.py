@@ -3,10 +3,21 @@
 import base64
 import json
 
+import httpx
 import pytest
 
-from common.service.errors import InvalidRequest, Unavailable
-from deploy.client import Answer, ChatClient, user_message
+from common.service.errors import (
+    AuthenticationFailed,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RequestTooLarge,
+    Unavailable,
+    to_http,
+)
+from deploy.client import Answer, ChatClient, _retry_after, user_message
 from tests.deploy.scripted_server import ScriptedServer, saying
 
 QUESTION = [user_message("hello")]
@@ -47,6 +58,38 @@ def test_a_refusal_carries_the_message_of_the_server():
         with pytest.raises(InvalidRequest, match="temperature is above 2"):
             list(client.stream(QUESTION))
         assert client.last is None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [InvalidRequest, NotFound, RequestTooLarge, AuthenticationFailed, Overloaded, Unavailable, DeadlineExceeded,
+     InternalError],
+)  # fmt: skip
+def test_an_error_is_the_one_the_server_raised(kind):
+    status, body, _ = to_http(kind("it is so", code="its_code", param="messages[0]"))
+    script = [(status, body)]
+    with ScriptedServer(script).running() as server, ChatClient(server.url) as client, pytest.raises(kind) as caught:
+        list(client.stream(QUESTION))
+    assert type(caught.value) is kind
+    assert (caught.value.message, caught.value.code, caught.value.param) == ("it is so", "its_code", "messages[0]")
+
+
+@pytest.mark.parametrize("kind", [InvalidRequest, AuthenticationFailed, Overloaded, DeadlineExceeded, InternalError])
+def test_an_error_inside_a_stream_is_it_too(kind):
+    script = [*saying("four")[:2], f"event: error\ndata: {json.dumps(to_http(kind('it is so'))[1])}\n\n"]
+    with ScriptedServer([script]).running() as server, ChatClient(server.url) as client, pytest.raises(kind) as caught:
+        list(client.stream(QUESTION))
+    assert type(caught.value) is kind
+
+
+def test_how_long_to_wait():
+    for headers, seconds in (
+        ({"retry-after": "3", "retry-after-ms": "250"}, 0.25),
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({}, None),
+    ):
+        assert _retry_after(httpx.Response(503, headers=headers)) == seconds
 
 
 def test_a_failure_after_the_first_token():
