@@ -31,12 +31,14 @@ class Choice:
 
     def replay(self, eos_token_ids: Collection[int]) -> FinishReason | None:
         """Bring the text to where a lost server left it; says why the reply had ended, if it had."""
-        sampling = self.sequence.sampling
+        sampling, constraint = self.sequence.sampling, self.sequence.constraint
         for token_id in self.sequence.output_token_ids:
             self.num_tokens += 1
             is_eos = token_id in eos_token_ids and not sampling.ignore_eos
             if is_eos or token_id in sampling.stop_token_ids or self._push(token_id)[1]:
                 return "stop"
+        if constraint is not None and constraint.is_finished:
+            return "stop"
         return "length" if self.num_tokens >= sampling.max_tokens else None
 
     def take(self, output: StepOutput) -> tuple[Token | None, FinishReason | None]:

@@ -4,6 +4,7 @@ Synchronous and single-threaded: whoever owns it calls ``add``, ``abort`` and ``
 text, of the wire or of time.
 """
 
+import dataclasses
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -215,21 +216,38 @@ class LanguageEngine:
         for prepared in batch:
             self._scheduler.blocks.commit(prepared.chunk.sequence, prepared.chunk.end)
         samples = self._sampler.sample(logits, sampled) if sampled else []
-        outputs += [self._advance(sequence, sample) for sequence, sample in zip(sampled, samples, strict=True)]
+        for sequence, sample in zip(sampled, samples, strict=True):
+            outputs += self._advance(sequence, sample)
 
-    def _advance(self, sequence: Sequence, sample: Sample | None) -> StepOutput:
-        if sample is None:
+    def _advance(self, sequence: Sequence, sample: Sample | DvdError) -> list[StepOutput]:
+        if isinstance(sample, DvdError):
             self._scheduler.blocks.discard(sequence)
-            return self._fail(sequence, InternalError("the model's output is not a number"))
+            return [self._fail(sequence, sample)]
         sequence.append(sample.token_id)
+        try:
+            if sequence.constraint is not None and not sequence.constraint.consume(sample.token_id):
+                raise InternalError("a token was chosen that the grammar does not allow")
+        except DvdError as error:
+            return [self._fail(sequence, error)]
         reason = self._finish_reason(sequence)
         if reason:
             self._end(sequence, reason)
-        return StepOutput(sequence.seq_id, sample.token_id, sample.logprob, sample.top_logprobs, reason)
+        output = StepOutput(sequence.seq_id, sample.token_id, sample.logprob, sample.top_logprobs)
+        if reason != "stop" or self._is_stop_token(sequence):
+            return [dataclasses.replace(output, finish_reason=reason)]
+        # The token that completes a grammar is text, unlike one that stops.
+        return [output, StepOutput(sequence.seq_id, finish_reason=reason)]
+
+    def _is_stop_token(self, sequence: Sequence) -> bool:
+        """Whether the last token ends the sequence by itself."""
+        sampling, last = sequence.sampling, sequence.output_token_ids[-1]
+        # Behind the end of a grammar nothing is left to generate.
+        ignores_eos = sampling.ignore_eos and sequence.constraint is None
+        return last in sampling.stop_token_ids or (last in self._eos_token_ids and not ignores_eos)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        sampling, last = sequence.sampling, sequence.output_token_ids[-1]
-        if last in sampling.stop_token_ids or (last in self._eos_token_ids and not sampling.ignore_eos):
+        sampling, constraint = sequence.sampling, sequence.constraint
+        if self._is_stop_token(sequence) or (constraint is not None and constraint.is_finished):
             return "stop"
         if len(sequence.output_token_ids) >= sampling.max_tokens or sequence.num_tokens >= self.max_model_len:
             return "length"

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from common.service import metrics
-from common.service.errors import Cancelled, DeadlineExceeded, DvdError, Overloaded
+from common.service.errors import Cancelled, DeadlineExceeded, DvdError, InvalidRequest, Overloaded
 from language_server.choice import Choice
 from language_server.detokenizer import IncrementalDetokenizer
 from language_server.engine import StepOutput
 from language_server.engine_thread import EngineThread
 from language_server.feature_image import ImageKey
 from language_server.features import FeatureStore, Lease
+from language_server.grammar import GrammarCompiler, GrammarState
 from language_server.prompt import Prompt, PromptBuilder
 from language_server.request import check_request, for_each_choice, sampling_params
 from language_server.sequence import FinishReason, SamplingParams, Sequence
@@ -38,6 +39,8 @@ from protos.status_pb2 import Endpoint, FeatureDtype
 
 _INLINE_CHARS: Final = 4096
 """Longer texts are tokenised in another thread, so that they do not hold up everybody's tokens."""
+_COMPILE_SECONDS: Final = 10.0
+"""The worst schema found takes three, a usual one some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,12 @@ class Backend:
     """What all calls share."""
 
     prompts: PromptBuilder
+    grammars: GrammarCompiler
     tokenizer: Tokenizer
     features: FeatureStore
     engine: EngineThread
     tokenising: Executor
+    compiling: Executor
     deliver_to: Items[Endpoint]
     feature_dtype: FeatureDtype
     is_flash: bool
@@ -73,6 +78,7 @@ class Generation:
         self._features_complete: float | None = None
         self._lease: Lease | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._grammar: GrammarState | None = None
         self._choices: dict[int, Choice] = {}  # by seq_id
         self._inbox: deque[StepOutput] = deque()
         self._failure: DvdError | None = None
@@ -94,6 +100,7 @@ class Generation:
         check_request(request, vocab_size=backend.vocab_size, max_choices=backend.max_choices)
         backend.engine.check_room(request.sampling.n)
         prompt = await self._tokenise()
+        self._grammar = await self._compile_grammar()
         num_prompt_tokens = prompt.num_text_tokens + sum(image.max_num_tokens for image in request.images)
         sampling = sampling_params(request, num_prompt_tokens, backend.max_model_len)
         lease = await self._reserve()
@@ -131,6 +138,24 @@ class Generation:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._backend.tokenising, build, messages, num_images)
 
+    async def _compile_grammar(self) -> GrammarState | None:
+        """Where the reply's grammar begins, or goes on where a lost server left it; None: free text."""
+        if not self._request.sampling.HasField("grammar"):
+            return None
+        compiling = asyncio.get_running_loop().run_in_executor(self._backend.compiling, self._enter_grammar)
+        try:
+            async with asyncio.timeout(min(self._remaining(), _COMPILE_SECONDS)):
+                return await compiling
+        except TimeoutError:
+            self._remaining()
+            message = "the grammar takes too long to compile"
+            raise InvalidRequest(message, param=self._request.sampling.grammar.param) from None
+
+    def _enter_grammar(self) -> GrammarState:
+        state = self._backend.grammars.compile(self._request.sampling.grammar)
+        state.replay(self._request.output_token_ids)
+        return state
+
     async def _reserve(self) -> Lease:
         keys = [ImageKey(image.mm_hash, image.max_num_tokens) for image in self._request.images]
         remaining = self._remaining()
@@ -166,6 +191,7 @@ class Generation:
                 image_spans=spans,
                 output_token_ids=list(request.output_token_ids),
                 cache_scope=request.cache_scope,
+                constraint=self._grammar.copy() if self._grammar is not None else None,
             )
             detokenizer = IncrementalDetokenizer(
                 backend.tokenizer,

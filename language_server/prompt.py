@@ -46,6 +46,11 @@ class Template(Protocol):
         """Special tokens that open, and the one that closes, a header in the reply that is no text."""
         ...
 
+    @property
+    def reply_header(self) -> tuple[str | Special, ...]:
+        """What stands before the text of a reply that may not think first."""
+        ...
+
     def render(self, messages: Iterable[ChatMessage]) -> Iterator[Segment]:
         """The prompt up to and including the opened assistant turn."""
         ...
@@ -55,6 +60,7 @@ class InternVL25Template:
     """``internvl2_5``: every message ends with ``<|im_end|>`` and a newline."""
 
     hidden_header = None
+    reply_header = ()
 
     def render(self, messages: Iterable[ChatMessage]) -> Iterator[Segment]:
         for message in messages:
@@ -71,6 +77,7 @@ class GptOssTemplate:
     """``internvl3_5_gpt_oss``: the reply names its channel first."""
 
     hidden_header = (("<|start|>", "<|channel|>"), "<|message|>")
+    reply_header = (Special("<|channel|>"), "final", Special("<|message|>"))
 
     def render(self, messages: Iterable[ChatMessage]) -> Iterator[Segment]:
         for message in messages:
@@ -158,6 +165,12 @@ class PromptBuilder:
         openers, closer = self._template.hidden_header
         token_id = self._tokenizer.token_id
         return frozenset(token_id(opener) for opener in openers), token_id(closer)
+
+    @property
+    def reply_header(self) -> tuple[str | int, ...]:
+        """Text and ids that every reply of which the form is given begins with."""
+        token_id, parts = self._tokenizer.token_id, self._template.reply_header
+        return tuple(token_id(part.text) if isinstance(part, Special) else part for part in parts)
 
     def build(self, messages: Sequence[ChatMessage], num_images: int) -> Prompt:
         """Tokenise a conversation in which each of ``num_images`` images has exactly one place.

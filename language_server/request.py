@@ -19,6 +19,7 @@ MM_HASH_BYTES: Final = 32
 MAX_SEED: Final = 2**63
 MAX_STOP_STRINGS: Final = 16
 MAX_TOP_LOGPROBS: Final = 20
+MAX_GRAMMAR_BYTES: Final = 2**17
 
 _RANGES: Final = {
     "temperature": (0.0, 2.0),
@@ -46,6 +47,8 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_choices: int
         raise InvalidRequest(f"n must be between 1 and {max_choices}", param="n")
     if request.output_token_ids and sampling.n != 1:
         raise InvalidRequest("only a single choice can be continued", param="n")
+    if sampling.grammar.ByteSize() > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(f"the grammar has more than {MAX_GRAMMAR_BYTES} bytes", param=sampling.grammar.param)
     _check_ranges(sampling, vocab_size)
     for name, ids in (
         ("stop_token_ids", sampling.stop_token_ids),

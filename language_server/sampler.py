@@ -2,6 +2,7 @@
 
 Randomness is a function of (seed, position) alone: one uniform number per token, hashed, not drawn. So the same seed
 gives the same text whatever else is in the batch, and a sequence that moves to another server goes on as it would have.
+A constraint is the last word: nothing gets a token past it, and no forbidden stop keeps out the only one it allows.
 Each feature costs time only in steps in which a sequence asks for it.
 """
 
@@ -12,9 +13,12 @@ from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from language_server.sequence import SamplingParams, Sequence
+from common.service.errors import DvdError, InternalError
+from language_server.sequence import Constraint, SamplingParams, Sequence
 
 _NUM_CANDIDATES = 1024  # a full sort of a large vocabulary is slow on a CPU, and hardly ever needed
 _NEGATIVE_INFINITY = float("-inf")
@@ -41,23 +45,28 @@ class Sampler:
         self._eos_token_ids = frozenset(eos_token_ids)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[Sample | None]:
-        """``logits`` [len(sequences), vocab_size] float32, changed in place. None where they are not numbers."""
+    def sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[Sample | DvdError]:
+        """``logits`` [len(sequences), vocab_size] float32, changed in place.
+
+        An error where they are not numbers, or where a constraint cannot go on.
+        """
         is_valid = logits.amax(dim=-1).isfinite()
         logprobs = _raw_logprobs(logits, sequences)
         self._adjust(logits, sequences)
+        errors = self._constrain(logits, sequences)
         token_ids = logits.argmax(dim=-1)
         random_rows = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         if random_rows:
             rows = torch.tensor(random_rows, device=logits.device)
             chosen = _sample_random(logits.index_select(0, rows), [sequences[row] for row in random_rows])
             token_ids.index_copy_(0, rows, chosen)
-        return [
-            _result(token_id, sequence.sampling, logprobs.get(row)) if valid else None
+        samples: list[Sample | DvdError] = [
+            _result(token_id, sequence.sampling, logprobs.get(row)) if valid else _not_a_number()
             for row, (token_id, sequence, valid) in enumerate(
                 zip(token_ids.tolist(), sequences, is_valid.tolist(), strict=True)
             )
         ]
+        return [errors.get(row, sample) for row, sample in enumerate(samples)] if errors else samples
 
     def _adjust(self, logits: torch.Tensor, sequences: Items[Sequence]) -> None:
         """Bias, penalties and forbidden stops, in the rows that have them."""
@@ -68,9 +77,48 @@ class Sampler:
             if sampling.logit_bias:
                 ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
                 logits[row, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
-            if len(sequence.output_token_ids) < sampling.min_tokens:
+            if sequence.constraint is None and len(sequence.output_token_ids) < sampling.min_tokens:
                 stops = sorted(self._eos_token_ids | sampling.stop_token_ids)
                 logits[row, torch.tensor(stops, dtype=torch.int64, device=logits.device)] = _NEGATIVE_INFINITY
+
+    def _constrain(self, logits: torch.Tensor, sequences: Items[Sequence]) -> dict[int, DvdError]:
+        """Forbid what constraints do not allow. Returns the rows whose constraint cannot say."""
+        masks: dict[int, npt.NDArray[np.uint8]] = {}
+        errors: dict[int, DvdError] = {}
+        for row, sequence in enumerate(sequences):
+            if sequence.constraint is None:
+                continue
+            try:
+                masks[row] = self._allowed(sequence, sequence.constraint)
+            except DvdError as error:
+                errors[row] = error
+        if masks:
+            rows = torch.tensor(list(masks), device=logits.device)
+            bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
+            allowed = _unpack(bits)[:, : logits.shape[-1]]
+            logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~allowed, _NEGATIVE_INFINITY))
+        return errors
+
+    def _allowed(self, sequence: Sequence, constraint: Constraint) -> npt.NDArray[np.uint8]:
+        """The constraint's mask, without stops while those are forbidden - unless nothing else is allowed."""
+        mask = np.frombuffer(constraint.mask(), dtype=np.uint8)
+        sampling, stops = sequence.sampling, set[int]()
+        if sampling.ignore_eos:
+            stops |= self._eos_token_ids
+        if len(sequence.output_token_ids) < sampling.min_tokens:
+            stops |= self._eos_token_ids | sampling.stop_token_ids
+        if not stops:
+            return mask
+        rest = mask.copy()
+        for token_id in stops:
+            rest[token_id // 8] &= ~(1 << token_id % 8) & 0xFF
+        return rest if rest.any() else mask
+
+
+def _unpack(bits: torch.Tensor) -> torch.Tensor:
+    """``bits`` [num_rows, num_bytes] uint8, lowest bit first -> [num_rows, 8 * num_bytes] bool."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> places) & 1).bool().flatten(1)
 
 
 def _penalise(logits: torch.Tensor, sequence: Sequence) -> None:
@@ -146,6 +194,10 @@ def _raw_logprobs(logits: torch.Tensor, sequences: Items[Sequence]) -> dict[int,
     """Log-probabilities [vocab_size] of the rows that want them."""
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
     return {row: logits[row].log_softmax(dim=-1) for row in rows}
+
+
+def _not_a_number() -> InternalError:
+    return InternalError("the model's output is not a number")
 
 
 def _result(token_id: int, sampling: SamplingParams, logprobs: torch.Tensor | None) -> Sample:

@@ -8,7 +8,7 @@ import enum
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 
@@ -55,6 +55,26 @@ class ImageSpan:
         return self.start + self.num_tokens
 
 
+class Constraint(Protocol):
+    """What the output of one sequence must be. It goes forward with the sequence, and two never share one."""
+
+    @property
+    def is_finished(self) -> bool:
+        """The output is whole and nothing may be added to it."""
+        ...
+
+    def mask(self) -> bytes:
+        """The tokens that may come next, one bit each, lowest bit first; at least as many as the vocabulary has.
+
+        Raises DvdError when it cannot say; then the sequence fails.
+        """
+        ...
+
+    def consume(self, token_id: int) -> bool:
+        """Go on behind a token; False if it is not allowed. Raises DvdError when it cannot; then the sequence fails."""
+        ...
+
+
 class SequenceStatus(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -66,8 +86,8 @@ class Sequence:
     """One choice of one request: the prompt, what was generated, and how much of it lies in the KV cache.
 
     ``output_token_ids`` given at construction were already sent by another server: they count as outputs, so sampling
-    goes on at the position where that server stopped. ``cache_scope`` seeds the prefix hash: sequences of different
-    scopes never share blocks.
+    goes on at the position where that server stopped; a ``constraint`` has consumed them already. ``cache_scope`` seeds
+    the prefix hash: sequences of different scopes never share blocks.
     """
 
     seq_id: int
@@ -77,6 +97,7 @@ class Sequence:
     image_spans: Items[ImageSpan] = ()
     output_token_ids: list[int] = field(default_factory=list)
     cache_scope: str = ""
+    constraint: Constraint | None = None
 
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)

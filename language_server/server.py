@@ -36,6 +36,7 @@ from language_server.engine_thread import EngineThread
 from language_server.feature_image import FeatureLayout
 from language_server.features import FeatureStore
 from language_server.generation import Backend, Generation
+from language_server.grammar import GrammarCompiler
 from language_server.prompt import PromptBuilder
 from language_server.settings import LanguageSettings
 from language_server.token_rate import TokenRate
@@ -60,6 +61,7 @@ log = logging.getLogger(__name__)
 MAX_CHOICES: Final = 64
 _TITLE: Final = "language server"
 _TOKENISING_THREADS: Final = 2
+_COMPILING_THREADS: Final = 2
 _STOP_SECONDS: Final = 10.0
 _LINGER_SECONDS: Final = 0.25
 """For events already made to reach their callers; ``WatchStatus`` streams would never end by themselves."""
@@ -161,6 +163,8 @@ class LanguageServer:
         add_health(self._grpc, self.board)
         language_pb2_grpc.add_LanguageServicer_to_server(self._servicer, self._grpc)  # type: ignore[no-untyped-call]
         self._tokenising = ThreadPoolExecutor(_TOKENISING_THREADS, thread_name_prefix="tokenise")
+        # Apart from the former: some grammars take seconds, and nobody else's text may wait for them.
+        self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="compile")
         # Whoever takes turns with us leaves its cores idle during ours.
         self._threads_tolerance = SHARED_CORES_TOLERANCE if turn is None else 1.0
         self._is_load_aborted = threading.Event()
@@ -197,7 +201,9 @@ class LanguageServer:
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
         self.engine.start(engine)
-        self._servicer.backend = self._make_backend(self._deliver_to, engine.max_model_len)
+        # Before the first request that needs it: meanwhile all others would stand still.
+        grammars = await asyncio.get_running_loop().run_in_executor(self._compiling, self._make_grammars)
+        self._servicer.backend = self._make_backend(self._deliver_to, engine.max_model_len, grammars)
         self._model_info.max_model_len = engine.max_model_len  # less where KV memory is short
         self._export_gauges()
         self.board.state = WORKER_STATE_READY
@@ -246,6 +252,7 @@ class LanguageServer:
             await receiver.close()
         has_ended = await self.engine.stop(_STOP_SECONDS)
         self._tokenising.shutdown(wait=False)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         return has_ended
 
     def _make_engine(self, progress: Progress) -> LanguageEngine:
@@ -263,13 +270,19 @@ class LanguageServer:
         )
         return LanguageEngine(config, backbone, eos_token_ids=self._eos_token_ids, embeds=self.features)
 
-    def _make_backend(self, deliver_to: list[Endpoint], max_model_len: int) -> Backend:
+    def _make_grammars(self) -> GrammarCompiler:
+        vocab_size, header = self.config.vocab_size, self._prompts.reply_header
+        return GrammarCompiler(self._tokenizer, vocab_size, self._eos_token_ids, header)
+
+    def _make_backend(self, deliver_to: list[Endpoint], max_model_len: int, grammars: GrammarCompiler) -> Backend:
         return Backend(
             prompts=self._prompts,
+            grammars=grammars,
             tokenizer=self._tokenizer,
             features=self.features,
             engine=self.engine,
             tokenising=self._tokenising,
+            compiling=self._compiling,
             deliver_to=deliver_to,
             feature_dtype=FEATURE_DTYPE_FLOAT32 if self.dtype == torch.float32 else FEATURE_DTYPE_BFLOAT16,
             is_flash=self.config.flash is not None,

@@ -15,6 +15,7 @@ from common.service.errors import InvalidRequest
 MAX_JSON_DEPTH: Final = 64
 MAX_JSON_CONTAINERS: Final = 200_000
 """Objects and arrays in one body; far above 128 images, and bounds what a body of brackets costs to read."""
+NULL: Final = Raw(b"null")
 _MAX_SHOWN_CHARS: Final = 64
 
 PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -61,6 +62,22 @@ class StreamOptions(Struct):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchema(Struct):
+    """``response_format.json_schema``. ``strict`` changes nothing: every schema is kept to."""
+
+    name: Annotated[str, Meta(max_length=64)] | None = None
+    description: str | None = None
+    schema: Raw = NULL
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct):
+    """What the reply must be, as OpenAI says it."""
+
+    type: str
+    json_schema: JsonSchema | None = None
+
+
 class TileBudget(Struct, forbid_unknown_fields=True):
     """``mm_processor_kwargs``: the only two keys that are read."""
 
@@ -101,6 +118,8 @@ class ChatCompletionRequest(Struct):
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=16)] | None = None
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Raw] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
@@ -123,8 +142,6 @@ class ChatCompletionRequest(Struct):
 # Fields that would change or constrain the output and that nothing here can honour yet, with the values that ask for
 # nothing. Everything else in them is refused: a 200 with free text would be a lie.
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),

@@ -16,6 +16,7 @@ from common.service.errors import InvalidRequest
 from protos.language_pb2 import ChatMessage, ContentPart, GenerateRequest, ImageRef, SamplingParams
 from protos.status_pb2 import ModelInfo
 from protos.vision_pb2 import TilingOptions
+from router.api.grammar import translate_grammar
 from router.api.schemas import ChatCompletionRequest, ImageUrl, Message, Part, TileBudget
 from router.media import CompressedImage, MediaLimits, load_image
 from router.pipeline import ChatRequest, ImageInput
@@ -242,6 +243,7 @@ def _translate_sampling(request: ChatCompletionRequest, model: ModelInfo, settin
         logit_bias=request.logit_bias or {},
         logprobs=bool(request.logprobs),
         top_logprobs=request.top_logprobs or 0,
+        grammar=translate_grammar(request),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from common.service.errors import ConfigError, InternalError, InvalidRequest, Overloaded, Unavailable
 from language_server.engine import EngineConfig, LanguageEngine
 from language_server.sequence import ImageSpan, SamplingParams, Sequence
+from tests.language_server.constraints import Steps
 from tests.language_server.models import FAMILIES, tiny_model
 
 HIDDEN = 56  # of the tiny Qwen3
@@ -292,6 +293,89 @@ def test_a_sequence_that_had_ended_before_it_was_resumed_ends_at_once():
         (None, "stop"),
         (None, "length"),
     ]
+
+
+# --- constraints
+
+EVEN = set(range(20, 480, 2))
+
+
+def constrained(seq_id, prompt, constraint, **kwargs):
+    sequence = make_sequence(seq_id, prompt, **kwargs)
+    sequence.constraint = constraint
+    return sequence
+
+
+def ends(outputs):
+    return [(output.token_id, output.finish_reason) for output in outputs]
+
+
+@pytest.mark.parametrize("pressure", PRESSURES)
+def test_a_constraint_sees_each_token_once_and_changes_nobody_else(pressure):
+    """Preempted sequences are computed again; their tokens are not chosen again."""
+    prompts, replies = prompts_and_replies("qwen3")
+    engine = make_engine(**PRESSURES[pressure])
+    rules = {index: Steps(EVEN, endless=True) for index in range(0, len(prompts), 2)}
+    sequences = [constrained(index, prompt, rules.get(index)) for index, prompt in enumerate(prompts)]
+    made = generate(engine, *sequences)
+    assert (engine.stats().num_preemptions > 0) == pressure.startswith("tiny-kv")
+    for index, tokens in enumerate(made):
+        if index in rules:
+            assert rules[index].consumed == tokens
+            assert set(tokens) <= EVEN
+        else:
+            assert tokens == replies[index]
+
+
+def test_a_complete_constraint_ends_the_reply_behind_its_last_token():
+    engine = make_engine()
+    engine.add(constrained(0, [20, 21], Steps({50}, {51, 52})))
+    first, second, end = ends(run(engine)[0])
+    assert first == (50, None)
+    assert second in [(51, None), (52, None)]  # text, unlike a token that stops
+    assert end == (None, "stop")
+
+
+def test_completeness_goes_before_length():
+    engine = make_engine()
+    engine.add(constrained(0, [20, 21], Steps({50}, {51}), max_tokens=2))
+    engine.add(constrained(1, [20, 21], Steps({50}, {51}, {52}), max_tokens=2))
+    outputs = run(engine)
+    assert ends(outputs[0]) == [(50, None), (51, None), (None, "stop")]
+    assert ends(outputs[1]) == [(50, None), (51, "length")]
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_the_end_of_turn_ends_a_constrained_reply(ignore_eos):
+    engine = make_engine()
+    engine.add(constrained(0, [20, 21], Steps({50}, {EOS}), ignore_eos=ignore_eos))
+    assert ends(run(engine)[0]) == [(50, None), (EOS, "stop")]
+
+
+def test_a_resumed_reply_that_is_complete_ends_at_once():
+    rule = Steps({50}, {51})
+    rule.consumed = [50, 51]
+    engine = make_engine()
+    engine.add(constrained(0, [20, 21], rule, outputs=[50, 51]))
+    assert ends(run(engine, max_steps=2)[0]) == [(None, "stop")]
+
+
+def test_a_constraint_that_fails_ends_its_own_sequence_only():
+    prompts, replies = prompts_and_replies("qwen3")
+    broken, late, contrary = Steps({50}, endless=True), Steps({50}, endless=True), Steps(set(), endless=True)
+    broken.error = InvalidRequest("too complex", param="response_format")
+    late.late_error = InvalidRequest("too complex by now", param="response_format")
+    engine = make_engine()
+    engine.add(constrained(0, prompts[0], broken))
+    engine.add(make_sequence(1, prompts[1]))
+    engine.add(constrained(2, prompts[2], contrary))
+    engine.add(constrained(3, prompts[3], late))
+    outputs = run(engine)
+    assert [output.error for output in outputs[0]] == [broken.error]
+    assert [type(output.error) for output in outputs[2]] == [InternalError]  # it allows nothing: that is a bug
+    assert [output.error for output in outputs[3]] == [late.late_error]
+    assert [output.token_id for output in outputs[1]] == replies[1]
+    assert engine.stats().num_free_blocks == engine.stats().num_total_blocks
 
 
 def test_logprobs_come_with_every_token():

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import os
+import re
 import signal
+import time
 from typing import Any
 
 import grpc
@@ -11,13 +13,15 @@ import pytest
 
 from common.service import rpc
 from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, from_grpc
+from language_server import generation
 from language_server.__main__ import main, run
 from language_server.engine import LanguageEngine
 from language_server.generation import Generation
+from language_server.grammar import GrammarCompiler
 from language_server.server import _nth_port
 from language_server.settings import LanguageSettings
 from protos.frame import FrameRejected
-from protos.language_pb2 import ImageRef
+from protos.language_pb2 import Choices, Grammar, ImageRef
 from protos.language_pb2_grpc import LanguageStub
 from protos.status_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_READY, WatchStatusRequest
 from tests.checkpoints import make_checkpoint
@@ -199,6 +203,10 @@ async def test_max_tokens_is_what_the_context_holds(start_system):
         (lambda request: request.images.append(ImageRef(mm_hash=bytes(32), max_num_tokens=256)), "messages"),
         (lambda request: setattr(request.messages[0], "role", "robot"), "messages[0].role"),
         (lambda request: request.ClearField("messages"), "messages"),
+        (lambda request: request.sampling.grammar.CopyFrom(Grammar(regex="(", param="here")), "here"),
+        (lambda request: request.sampling.grammar.CopyFrom(Grammar(regex="a" * 2**17, param="here")), "here"),
+        (lambda request: request.sampling.grammar.CopyFrom(Grammar(json_schema='{"not": {}}', param="here")), "here"),
+        (lambda request: request.sampling.grammar.CopyFrom(Grammar(param="here")), "here"),
     ],
 )
 async def test_what_cannot_be_served_is_refused(system, change, param):
@@ -207,6 +215,105 @@ async def test_what_cannot_be_served_is_refused(system, change, param):
     error = await failure(system.generate(request))
     assert isinstance(error, InvalidRequest)
     assert error.param == param
+
+
+# --- grammars
+
+POINT = {
+    "type": "object",
+    "properties": {"name": {"enum": ["circle", "square"]}, "x": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "x"],
+    "additionalProperties": False,
+}
+KINDS = {
+    "regex": Grammar(regex=r"[a-f]{4}-\d{2}"),
+    "choice": Grammar(choice=Choices(texts=["a red circle", "two squares"])),
+    "json_schema": Grammar(json_schema=json.dumps(POINT)),
+}
+DRAWN = {"temperature": 2.0, "seed": 11, "max_tokens": 300}
+
+
+def obeys(kind, text):
+    if kind == "regex":
+        return re.fullmatch(r"[a-f]{4}-[0-9]{2}", text) is not None
+    if kind == "choice":
+        return text in ("a red circle", "two squares")
+    point = json.loads(text)
+    return list(point) == ["name", "x"] and point["name"] in ("circle", "square") and 0 <= point["x"] <= 99
+
+
+@pytest.mark.parametrize("sampling", [{"max_tokens": 300}, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_grammars_are_kept_and_text_beside_them_is_unchanged(system, checkpoint, kind, sampling):
+    messages = [message("user", "describe the image")]
+    replies = await asyncio.gather(
+        system.generate(make_request("describe", grammar=KINDS[kind], **sampling)),
+        system.generate(make_request(messages)),
+        system.generate(make_request("what number?", grammar=KINDS[kind], **sampling)),
+    )
+    for reply in (replies[0], replies[2]):
+        assert obeys(kind, reply.text()), reply.text()
+        assert reply.finished[0].finish_reason == "stop"
+        assert reply.finished[0].usage.completion_tokens == len(reply.ids())
+    assert replies[1].ids() == reference_tokens(checkpoint, messages)
+
+
+async def test_a_channel_is_named_before_the_grammar_and_is_no_text(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", layout="github", text="gpt_oss")
+    async with running_system(checkpoint, tmp_path) as system:
+        reply = await system.generate(make_request("describe", grammar=KINDS["choice"], max_tokens=100))
+        header = checkpoint.tokenizer("<|channel|>final<|message|>")["input_ids"]
+        assert checkpoint.tokenizer.decode(reply.ids()).startswith(checkpoint.tokenizer.decode(header))
+        assert obeys("choice", reply.text()), reply.text()
+        await system.at_rest()
+
+
+async def test_each_choice_of_a_request_has_its_own_place_in_the_grammar(system):
+    reply = await system.generate(make_request("describe", grammar=KINDS["regex"], n=4, **DRAWN))
+    texts = [reply.text(index) for index in range(4)]
+    assert all(obeys("regex", text) for text in texts)
+    assert len(set(texts)) > 1
+
+
+async def test_a_grammar_goes_on_where_a_lost_server_left_it(system):
+    request = {"grammar": KINDS["json_schema"], **DRAWN}
+    whole = await system.generate(make_request("describe", **request))
+    for cut in (1, 5, len(whole.ids())):
+        rest = await system.generate(make_request("describe", output_token_ids=whole.ids()[:cut], **request))
+        assert rest.ids() == whole.ids()[cut:]
+        assert rest.finished[0].finish_reason == "stop"
+    error = await failure(system.generate(make_request("describe", output_token_ids=[300], **request)))
+    assert (type(error), error.param) == (InvalidRequest, "output_token_ids")
+
+
+async def test_stops_beside_a_grammar(system):
+    """A stop string ends the text as ever; wishes for more than the grammar has are void."""
+    options = {"grammar": KINDS["choice"], "max_tokens": 50}
+    whole = (await system.generate(make_request("describe", **options))).text()
+    stopped = await system.generate(make_request("describe", stop=[whole[3:5]], **options))
+    assert (stopped.text(), stopped.finished[0].finish_reason) == (whole[:3], "stop")
+    longer = await system.generate(make_request("describe", min_tokens=40, ignore_eos=True, **options))
+    assert (longer.text(), longer.finished[0].finish_reason) == (whole, "stop")
+    cut = await system.generate(make_request("describe", **(options | {"max_tokens": 2})))
+    assert whole.startswith(cut.text()) and cut.finished[0].finish_reason == "length"
+
+
+async def test_a_grammar_that_becomes_too_much_ends_its_own_request(system, checkpoint):
+    messages = [message("user", "describe the image")]
+    heavy = Grammar(regex="(.*[a-z].{1,500}[^x].{1,500}){9}", param="structured_outputs.regex")
+    error, reply = await asyncio.gather(
+        failure(system.generate(make_request("describe", grammar=heavy, ignore_eos=True, **DRAWN))),
+        system.generate(make_request(messages)),
+    )
+    assert (type(error), error.param) == (InvalidRequest, "structured_outputs.regex")
+    assert reply.ids() == reference_tokens(checkpoint, messages)
+
+
+async def test_a_grammar_that_takes_too_long_is_refused(system, monkeypatch):
+    monkeypatch.setattr(generation, "_COMPILE_SECONDS", 0.01)
+    monkeypatch.setattr(GrammarCompiler, "compile", lambda self, grammar: time.sleep(0.2))
+    error = await failure(system.generate(make_request("describe", grammar=Grammar(regex="a", param="here"))))
+    assert (type(error), error.param) == (InvalidRequest, "here")
 
 
 async def test_odd_but_allowed_sampling_hurts_nobody(system):

@@ -143,6 +143,8 @@ def test_gpt_oss_format():
     assert ids == expand(expected, 2)
     openers, closer = builder("internvl3_5_gpt_oss", "s").hidden_header
     assert closer == TOKENIZER.token_id("<|message|>") and TOKENIZER.token_id("<|channel|>") in openers
+    opener, channel, end = builder("internvl3_5_gpt_oss", "s").reply_header
+    assert (opener in openers, channel, end) == (True, "final", closer)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
+from common.service.errors import InternalError, InvalidRequest
 from language_server import sampler as sampler_module
 from language_server.sampler import Sampler, uniform
 from language_server.sequence import SamplingParams, Sequence
+from tests.language_server.constraints import Steps
 
 VOCAB = 16
 EOS = 3
@@ -20,6 +23,12 @@ def make_sequence(prompt=(1, 2), outputs=(), **sampling):
 
 def greedy(**kwargs):
     return make_sequence(temperature=0.0, **kwargs)
+
+
+def constrained(*allowed, **kwargs):
+    sequence = make_sequence(**kwargs)
+    sequence.constraint = Steps(allowed, vocab_size=VOCAB)
+    return sequence
 
 
 def sample(logits, *sequences):
@@ -182,5 +191,61 @@ def test_logprobs_are_the_models_whatever_is_done_to_the_logits():
 def test_rows_that_are_not_numbers_fail_alone():
     logits = torch.stack([RISING, torch.full((VOCAB,), math.nan), RISING, RISING.clone().fill_(-math.inf)])
     results = sample(logits, greedy(), greedy(), make_sequence(seed=1, top_p=0.5), make_sequence(seed=1))
-    assert [result is None for result in results] == [False, True, False, True]
+    assert [isinstance(result, InternalError) for result in results] == [False, True, False, True]
     assert results[0].token_id == 15
+
+
+def test_only_what_a_constraint_allows_is_chosen_and_only_in_its_row():
+    sequences = [greedy(), constrained(1, 4, temperature=0.0), greedy(), constrained(0, temperature=0.0)]
+    assert token_ids(RISING, *sequences) == [15, 4, 15, 0]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.9}, {"temperature": 0.01}])
+def test_filters_choose_among_what_a_constraint_allows(filters):
+    sequences = [constrained(2, 5, outputs=[0] * position, seed=3, **filters) for position in range(64)]
+    assert set(token_ids(RISING, *sequences)) <= {2, 5}
+
+
+def test_a_constraint_beats_bias_and_penalties():
+    wishes = {"logit_bias": {7: 100.0, 4: -100.0}, "presence_penalty": 2.0, "repetition_penalty": 9.0}
+    assert token_ids(RISING, constrained(4, outputs=[4, 4], temperature=0.0, **wishes)) == [4]
+
+
+def test_bias_counts_among_what_a_constraint_allows():
+    assert token_ids(RISING, constrained(1, 2, 4, temperature=0.0, logit_bias={2: 50.0})) == [2]
+
+
+def test_forbidden_stops_give_way_only_where_nothing_else_is_allowed():
+    """``min_tokens`` forbids every stop, ``ignore_eos`` those of the model."""
+    early: dict[str, Any] = {"temperature": 0.0, "min_tokens": 5, "stop_token_ids": frozenset({4})}
+    endless: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+    falling = -RISING
+    cases: list[tuple[tuple[int, ...], dict[str, Any], int]] = [
+        ((EOS, 4, 9), early, 9),
+        ((EOS, 4), early, EOS),
+        ((EOS, 9), endless, 9),
+        ((EOS,), endless, EOS),
+        ((EOS, 9), {"temperature": 0.0}, EOS),
+    ]
+    for allowed, sampling, expected in cases:
+        assert token_ids(falling, constrained(*allowed, **sampling)) == [expected], (allowed, sampling)
+
+
+def test_logprobs_are_those_of_the_model_without_the_constraint():
+    (result,) = sample(RISING, constrained(2, temperature=0.0, logprobs=1))
+    assert result.logprob == pytest.approx(float(RISING.log_softmax(dim=-1)[2]))
+    assert result.top_logprobs[0][0] == 15
+
+
+def test_a_constraint_that_cannot_go_on_fails_alone():
+    lost = constrained(3)
+    lost.constraint.error = InvalidRequest("too complex")
+    first, second, third = sample(RISING, greedy(), lost, greedy())
+    assert (first.token_id, third.token_id) == (15, 15)
+    assert second is lost.constraint.error
+
+
+def test_a_mask_may_be_longer_than_the_vocabulary():
+    sequence = greedy()
+    sequence.constraint = Steps({5, 200}, vocab_size=224)
+    assert token_ids(RISING, sequence) == [5]

@@ -8,6 +8,7 @@ import pytest
 from openai import APIError, AsyncOpenAI, BadRequestError, OpenAI
 
 from common.service.errors import Unavailable
+from protos.language_pb2 import Choices, Grammar
 from tests.router.conftest import CHAT, data_url, png, running_system, user
 from tests.router.fakes import digest
 
@@ -243,6 +244,40 @@ async def test_sampling_fields_reach_the_language_server(system):
     assert not sampling.skip_special_tokens
     assert request.priority == -3
     assert len(request.request_id) == 16
+
+
+SCHEMA = '{"type": "object",  "properties": {"b": {"maximum": 1.0}, "a": {}}}'  # the order of properties counts
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "grammar"),
+    [
+        ("response_format", '{"type": "json_object"}', Grammar(json_object=True, param="response_format")),
+        (
+            "response_format",
+            f'{{"type": "json_schema", "json_schema": {{"name": "x", "strict": true, "schema": {SCHEMA}}}}}',
+            Grammar(json_schema=SCHEMA, param="response_format.json_schema.schema"),
+        ),
+        ("structured_outputs", f'{{"json": {SCHEMA}}}', Grammar(json_schema=SCHEMA, param="structured_outputs.json")),
+        (
+            "structured_outputs",
+            f'{{"json": {json.dumps(SCHEMA)}, "regex": null}}',
+            Grammar(json_schema=SCHEMA, param="structured_outputs.json"),
+        ),
+        ("structured_outputs", r'{"regex": "\\d+"}', Grammar(regex=r"\d+", param="structured_outputs.regex")),
+        (
+            "structured_outputs",
+            '{"choice": ["a", "b"]}',
+            Grammar(choice=Choices(texts=["a", "b"]), param="structured_outputs.choice"),
+        ),
+    ],
+)
+async def test_grammars_reach_the_language_server_as_they_are(system, field, value, grammar):
+    body = f'{{"messages": [{{"role": "user", "content": "hi"}}], "{field}": {value}}}'
+    response = await system.http.post(CHAT, content=body)
+    assert response.status_code == 200, response.text
+    assert system.language.requests[0].sampling.grammar == grammar
+    assert "x-dvd-ignored" not in response.headers
 
 
 async def test_max_tokens_is_clamped(system):

@@ -30,6 +30,19 @@ def bomb() -> bytes:
     )
 
 
+def json_schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def nested(depth):
+    """A schema of so many objects inside one another."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        schema = {"items": schema}
+    return schema
+
+
+SCHEMA_PARAM = "response_format.json_schema.schema"
 GOOD = data_url(png())
 CALLS = {"role": "assistant", "content": None, "tool_calls": [{}]}
 PART = "messages[0].content[0]"
@@ -78,8 +91,34 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"user": "x" * 257}, "invalid_value", "user"),
     ({"mm_processor_kwargs": {"size": 1}}, "invalid_value", "mm_processor_kwargs"),
     ({"media_io_kwargs": {"image": {}}}, "invalid_value", "media_io_kwargs"),
-    ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-    ({"structured_outputs": {"regex": "a"}}, "unsupported_parameter", "structured_outputs"),
+    ({"response_format": {"type": "structural_tag"}}, "unsupported_parameter", "response_format.type"),
+    ({"response_format": {}}, "invalid_value", "response_format"),
+    ({"response_format": "json_object"}, "invalid_value", "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "invalid_value", SCHEMA_PARAM),
+    ({"response_format": json_schema(None)}, "invalid_value", SCHEMA_PARAM),
+    ({"response_format": json_schema(True)}, "invalid_value", SCHEMA_PARAM),
+    ({"response_format": json_schema([])}, "invalid_value", SCHEMA_PARAM),
+    ({"response_format": json_schema({"title": "x" * 2**16})}, "invalid_value", SCHEMA_PARAM),
+    ({"response_format": json_schema(nested(33))}, "invalid_value", SCHEMA_PARAM),
+    ({"structured_outputs": []}, "invalid_value", "structured_outputs"),
+    ({"structured_outputs": {"json": 1}}, "invalid_value", "structured_outputs.json"),
+    ({"structured_outputs": {"json": "{"}}, "invalid_value", "structured_outputs.json"),
+    ({"structured_outputs": {"json": "[" * 10**5}}, "invalid_value", "structured_outputs.json"),
+    ({"structured_outputs": {"json": nested(33)}}, "invalid_value", "structured_outputs.json"),
+    ({"structured_outputs": {"json": json.dumps(nested(33))}}, "invalid_value", "structured_outputs.json"),
+    ({"structured_outputs": {"regex": ""}}, "invalid_value", "structured_outputs.regex"),
+    ({"structured_outputs": {"regex": "x" * 1025}}, "invalid_value", "structured_outputs.regex"),
+    ({"structured_outputs": {"regex": ["a"]}}, "invalid_value", "structured_outputs.regex"),
+    ({"structured_outputs": {"choice": []}}, "invalid_value", "structured_outputs.choice"),
+    ({"structured_outputs": {"choice": ["a", ""]}}, "invalid_value", "structured_outputs.choice"),
+    ({"structured_outputs": {"choice": ["a", 1]}}, "invalid_value", "structured_outputs.choice"),
+    ({"structured_outputs": {"choice": ["a"] * 1025}}, "invalid_value", "structured_outputs.choice"),
+    ({"structured_outputs": {"choice": ["a" * 2**15] * 3}}, "invalid_value", "structured_outputs.choice"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "invalid_value", "structured_outputs"),
+    ({"structured_outputs": {"regex": "a"}, "response_format": json_schema({})}, "invalid_value", "structured_outputs"),
+    ({"structured_outputs": {"grammar": "root ::= x"}}, "unsupported_parameter", "structured_outputs.grammar"),
+    ({"structured_outputs": {"regex": "a", "whitespace_pattern": "x"}}, "unsupported_parameter",
+     "structured_outputs.whitespace_pattern"),
     ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
     ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
     ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
@@ -158,6 +197,10 @@ async def test_what_only_looks_bad_is_answered(system):
         assert system.language.requests[-1].messages[0].parts[0].text == text
     only_inert = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "structured_outputs": None}
     assert (await system.chat(**only_inert)).status_code == 200
+    outputs = {"regex": None, "grammar": None, "disable_any_whitespace": False, "disable_fallback": True}
+    assert (await system.chat(structured_outputs=outputs, response_format=None)).status_code == 200
+    assert (await system.chat(structured_outputs={})).status_code == 200
+    assert not any(request.sampling.HasField("grammar") for request in system.language.requests)
 
 
 async def test_markers_place_images(system):

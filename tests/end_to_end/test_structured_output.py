@@ -1,0 +1,124 @@
+"""Replies of a given form: a schema, a regular expression, a choice - through the whole system, as clients ask."""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.end_to_end.conftest import data_url, sample_of, user
+
+SAMPLE = sample_of("number", 1)
+PICTURE = {"model": "nano", "messages": [user(SAMPLE.question, data_url(SAMPLE.images[0]))], "temperature": 0}
+TEXT = {"model": "nano", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+READING = {
+    "type": "object",
+    "properties": {
+        "shape": {"enum": ["circle", "square"]},
+        "number": {"type": "integer", "minimum": 0, "maximum": 9999},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 2},
+    },
+    "required": ["shape", "number", "tags"],
+    "additionalProperties": False,
+}
+
+
+def as_format(schema) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "reading", "strict": True, "schema": schema}}
+
+
+def check_reading(text: str) -> None:
+    reading = json.loads(text)
+    assert list(reading) == ["shape", "number", "tags"]
+    assert reading["shape"] in ("circle", "square")
+    assert type(reading["number"]) is int and 0 <= reading["number"] <= 9999
+    assert len(reading["tags"]) <= 2 and all(isinstance(tag, str) and len(tag) <= 8 for tag in reading["tags"])
+
+
+def ask(client, request=PICTURE, outputs=None, **options):
+    """The choices of a reply; all of them have ended by themselves."""
+    body = {"structured_outputs": outputs} if outputs is not None else None
+    reply = client.chat.completions.create(**(request | options), extra_body=body)
+    assert {choice.finish_reason for choice in reply.choices} == {"stop"}
+    return [choice.message.content for choice in reply.choices]
+
+
+def test_a_schema(client):
+    [text] = ask(client, response_format=as_format(READING))
+    check_reading(text)
+    [text] = ask(client, outputs={"json": READING})
+    check_reading(text)
+
+
+def test_choices_drawn_at_random_keep_to_the_schema(client):
+    texts = ask(client, response_format=as_format(READING), n=4, temperature=1.5, seed=3)
+    for text in texts:
+        check_reading(text)
+    assert len(set(texts)) > 1
+
+
+def test_a_regular_expression(client):
+    [text] = ask(client, outputs={"regex": r"(zero|one){2}, [a-f]{2,6}-[0-9]{3}!"}, max_tokens=200)
+    assert re.fullmatch(r"(zero|one){2}, [a-f]{2,6}-[0-9]{3}!", text)
+
+
+def test_the_picture_still_decides_where_the_form_leaves_it_open(client):
+    """Nano reads the number, though its own sentence around it is forbidden."""
+    wrong = str((int(SAMPLE.short_answer) + 1111) % 10000)
+    assert ask(client, outputs={"choice": [f"the number is {wrong}", SAMPLE.answer]}) == [SAMPLE.answer]
+    assert ask(client, outputs={"choice": ["red", "blue", "red and blue"]})[0] in ("red", "blue", "red and blue")
+
+
+def test_any_json_object(client):
+    """A model that was never shown JSON may not come to its end; it writes the beginning of an object."""
+    reply = client.chat.completions.create(**TEXT, response_format={"type": "json_object"}, max_tokens=60)
+    text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+    assert text.startswith("{")
+    assert reason == "length" or isinstance(json.loads(text), dict)
+
+
+def test_a_stream_brings_the_same_text(client):
+    whole = ask(client, response_format=as_format(READING))
+    stream = client.chat.completions.create(**PICTURE, response_format=as_format(READING), stream=True)
+    choices = [choice for chunk in stream for choice in chunk.choices]
+    assert ["".join(choice.delta.content or "" for choice in choices)] == whole
+    assert choices[-1].finish_reason == "stop"
+
+
+async def test_free_text_beside_grammars_is_unchanged(nano):
+    async with AsyncOpenAI(base_url=f"{nano.address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        create = client.chat.completions.create
+        alone = await create(**TEXT)
+        replies: Any = await asyncio.gather(
+            create(**TEXT, response_format=as_format(READING)),
+            create(**PICTURE, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}),
+            create(**TEXT, extra_body={"structured_outputs": {"regex": "(?=a)"}}),
+            create(**TEXT),
+            create(**PICTURE),
+            return_exceptions=True,
+        )
+    reading, answer, error, text, picture = replies
+    assert text.choices[0].message.content == alone.choices[0].message.content
+    assert picture.choices[0].message.content == SAMPLE.answer
+    check_reading(reading.choices[0].message.content)
+    assert answer.choices[0].message.content in ("yes", "no")
+    assert isinstance(error, openai.BadRequestError)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "code", "param"),
+    [
+        ({"regex": "("}, "invalid_value", "structured_outputs.regex"),
+        ({"regex": r"(a)\1"}, "unsupported_parameter", "structured_outputs.regex"),
+        ({"json": {"not": {"type": "string"}}}, "unsupported_parameter", "structured_outputs.json"),
+        ({"json": {"type": "integer", "multipleOf": 123456789}}, "invalid_value", "structured_outputs.json"),
+        ({"json": {"type": "integer", "minimum": 2, "maximum": 1}}, "invalid_value", "structured_outputs.json"),
+    ],
+)
+def test_what_cannot_be_kept_to_is_refused_before_anything_is_streamed(client, outputs, code, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**PICTURE, stream=True, extra_body={"structured_outputs": outputs})
+    assert (caught.value.code, caught.value.param) == (code, param)
