@@ -58,22 +58,22 @@ def _serve(argv: Sequence[str]) -> int:
     return serve(settings)
 
 
-def _set_openmp_defaults() -> None:
+def _set_compute_defaults() -> None:
     """As for the children of ``dvd serve``. Before torch is imported: OpenMP looks once."""
-    from deploy.process import openmp_defaults
+    from deploy.process import compute_defaults
 
-    os.environ.update(openmp_defaults(os.environ))
+    os.environ.update(compute_defaults(os.environ))
 
 
 def _vision(argv: Sequence[str]) -> int | None:
-    _set_openmp_defaults()
+    _set_compute_defaults()
     from vision_server.__main__ import main as run
 
     return run(_resolved(options.PROGRAMS["vision"], argv))
 
 
 def _language(argv: Sequence[str]) -> int | None:
-    _set_openmp_defaults()
+    _set_compute_defaults()
     from language_server.__main__ import main as run
 
     return run(_resolved(options.PROGRAMS["language"], argv))

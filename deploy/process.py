@@ -25,6 +25,9 @@ Echo = Callable[[str], None]
 # very thread they wait for; those that sleep at once wake late, hundreds of times a step (docs/decisions.md).
 _SPIN_COUNT: Final = "2000"
 _OPENMP_WAITING: Final = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
+# A step's shape is a new one nearly every time, and torch and oneDNN keep code for the last 1,024 shapes of each
+# product: half a gigabyte, whatever the model's size (docs/decisions.md).
+_KEPT_SHAPES: Final = {"LRU_CACHE_CAPACITY": "256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 _TAIL_LINES = 20
 _READ_BYTES = 65536
 _PIECE_END = re.compile(r"(?<=[\r\n])")
@@ -150,12 +153,13 @@ def _launch_arguments(spec: ProcessSpec) -> list[str]:
 def _environment() -> dict[str, str]:
     """Ours without ``DVD_*``: those were read by the parent, which passes on what each program needs."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    return openmp_defaults(ours) | ours
+    return compute_defaults(ours) | ours
 
 
-def openmp_defaults(environ: Mapping[str, str]) -> dict[str, str]:
-    """What to add to ``environ`` for a program that computes; nothing where somebody has said how threads wait."""
-    return {} if _OPENMP_WAITING & environ.keys() else {"GOMP_SPINCOUNT": _SPIN_COUNT}
+def compute_defaults(environ: Mapping[str, str]) -> dict[str, str]:
+    """What to add to ``environ`` for a program that computes; what somebody has set stays."""
+    waiting = {} if _OPENMP_WAITING & environ.keys() else {"GOMP_SPINCOUNT": _SPIN_COUNT}
+    return waiting | {name: value for name, value in _KEPT_SHAPES.items() if name not in environ}
 
 
 def _signal_name(number: int) -> str:

@@ -92,7 +92,7 @@ class _ServeOptions(Settings):
         None,
         ge=0,
         le=19,
-        description="OS priority of the vision servers; unset: 19 on a CPU, idle cores only, so that decode comes first",
+        description="OS priority of the vision servers; unset: 19 on a CPU, idle cores only, decode comes first",
     )
     startup_timeout: float = Field(1800.0, gt=0, description="seconds until everything must be ready")
     shutdown_timeout: float = Field(60.0, gt=0, description="seconds running requests get to end on shutdown")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.process import ProcessSpec, ServerProcess, openmp_defaults
+from deploy.process import ProcessSpec, ServerProcess, compute_defaults
 
 DEADLINE = 20.0
 
@@ -138,5 +138,11 @@ def test_no_child_survives_a_killed_parent(tmp_path):
 
 @pytest.mark.parametrize("theirs", [{"OMP_WAIT_POLICY": "PASSIVE"}, {"GOMP_SPINCOUNT": "0"}])
 def test_who_says_how_threads_wait_is_obeyed(theirs):
-    assert openmp_defaults({"PATH": "/bin"}).keys() == {"GOMP_SPINCOUNT"}
-    assert openmp_defaults({"PATH": "/bin", **theirs}) == {}
+    assert "GOMP_SPINCOUNT" in compute_defaults({"PATH": "/bin"})
+    assert "GOMP_SPINCOUNT" not in compute_defaults({"PATH": "/bin", **theirs})
+
+
+def test_the_shapes_that_are_kept_are_bounded_unless_somebody_says_how_many():
+    added = compute_defaults({"PATH": "/bin", "LRU_CACHE_CAPACITY": "1024"})
+    assert added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"].isdigit()
+    assert "LRU_CACHE_CAPACITY" not in added
