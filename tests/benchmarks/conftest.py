@@ -51,6 +51,11 @@ class MisbehavingServer:
         self.released = asyncio.Event()
         """What requests with the behaviour ``held`` wait for before they end."""
 
+    def release_held(self) -> None:
+        """Those that are held now end; who comes next is held again."""
+        self.released.set()
+        self.released.clear()
+
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := (await reader.readuntil(b"\r\n\r\n")).decode():
@@ -119,7 +124,8 @@ class MisbehavingServer:
 
     async def _held(self, writer: asyncio.StreamWriter) -> bool:
         self._begin(writer, ROLE, chunk({"content": "a"}))
-        await asyncio.wait_for(self.released.wait(), DEADLINE)
+        async with asyncio.timeout(DEADLINE):  # a wait_for would wait in a task that starts later
+            await self.released.wait()
         return await self._end(writer, *GOOD[2:])
 
     async def _stream(self, writer: asyncio.StreamWriter, *events: Any) -> bool:

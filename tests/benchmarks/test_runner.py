@@ -71,9 +71,7 @@ async def test_as_many_as_asked_for(server, arrivals):
 async def test_requests_at_a_time(server, arrivals, most):
     running = asyncio.create_task(run(server, Phase("load", (text(arrivals, 12, behaviour="held"),))))
     await until(lambda: server.num_open == 1)  # the one that is tried first
-    server.released.set()
-    await until(lambda: len(server.bodies) == 1 and server.num_open == 0)
-    server.released.clear()
+    server.release_held()
     await until(lambda: server.num_open == most)
     server.released.set()
     result = await running
@@ -111,9 +109,7 @@ async def test_by_duration_what_is_on_its_way_is_waited_for(server):
     phase = Phase("load", (text(AT_ONCE, 3, behaviour="held"),), 0.2)
     running = asyncio.create_task(run(server, phase, watcher=watcher))
     await until(lambda: server.num_open == 1)
-    server.released.set()
-    await until(lambda: server.num_open == 0)
-    server.released.clear()
+    server.release_held()
     await until(lambda: watcher.progress.is_draining)
     assert server.num_open == 3
     server.released.set()
@@ -129,9 +125,7 @@ async def test_arrivals_that_were_never_sent_are_told(server):
     phase = Phase("load", (text(OpenLoop(1000.0, max_concurrency=1), behaviour="held"),), 0.2)
     running = asyncio.create_task(run(server, phase, watcher=watcher))
     await until(lambda: server.num_open == 1)
-    server.released.set()
-    await until(lambda: server.num_open == 0)
-    server.released.clear()
+    server.release_held()
     await until(lambda: watcher.progress.is_draining)
     server.released.set()
     (found,) = (await running).phases

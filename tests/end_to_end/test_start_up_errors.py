@@ -94,10 +94,12 @@ CASES = [
     (("router", "--config=@DIR/wrong.yaml"), r"--config @DIR/wrong.yaml: not YAML: .* line 2"),
 ]
 # Importing torch and transformers takes longer than failing: one process has them, and each program is forked off it.
+# Frozen: a fork that ends would look at all of their objects, and so copy them.
 FORKING = """
-import json, os, sys
+import gc, json, os, sys
 import deploy.cli, language_server.__main__, router.__main__, vision_server.__main__
 
+gc.freeze()
 for command in json.loads(sys.argv[1]):
     pid = os.fork()
     if pid == 0:

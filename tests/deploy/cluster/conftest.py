@@ -186,8 +186,9 @@ class Operator:
 
 
 @pytest.fixture(scope="module")
-def environ() -> Iterator[dict[str, str]]:
+def environ(tmp_path_factory) -> Iterator[dict[str, str]]:
     """Of raylets and operator alike. Short paths: Ray puts sockets in them."""
+    tmp_path_factory.getbasetemp()  # before this module's TMPDIR, which is gone with it
     root = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
     (root / "tmp").mkdir()
     ours = {
@@ -195,6 +196,7 @@ def environ() -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "4",  # raylets give up on a lost head soon
+        "RAY_health_check_period_ms": "500",  # and the head on a raylet that refuses five times
         "RAY_TMPDIR": str(root),
         "TMPDIR": str(root / "tmp"),
         "XDG_STATE_HOME": str(root / "state"),

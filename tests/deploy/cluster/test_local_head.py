@@ -90,7 +90,7 @@ def test_ctrl_c_while_starting_leaves_nothing(environ):
         state = wait_until(lambda: ClusterState.load("here"), SECONDS)
         wait_until(lambda: list(Path(environ["TMPDIR"]).glob("dvd-here-*/*")), SECONDS, "for a server to begin")
         up.send_signal(signal.SIGINT)
-        output, _ = up.communicate(timeout=SECONDS)
-    assert (up.returncode, output) == (130, "")
+        output, log = up.communicate(timeout=SECONDS)
+    assert (up.returncode, output) == (130, ""), log
     assert session_of(state.local_head.pid) == []
     assert list(Path(environ["TMPDIR"]).glob("dvd-*")) == [] and ClusterState.load("here") is None

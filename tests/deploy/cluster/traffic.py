@@ -1,4 +1,4 @@
-"""Clients that ask one after the other, with a new picture each time, and count what they get."""
+"""Clients that ask again and again, with a new picture each time, and count what they get."""
 
 import base64
 import io
@@ -17,16 +17,18 @@ TIMEOUT = 60.0
 
 
 class Traffic:
-    """Closed loops in threads of this process: each client has one request open at any time.
+    """Closed loops in threads of this process: each client has one request open at a time.
 
     Args:
         urls: of the routers, which the clients take in turn, as a load balancer does that knows nothing of them.
+        pause: seconds that a client thinks after an answer; without it, servers have to start beside full load.
     """
 
-    def __init__(self, urls: Sequence[str], num_clients: int = 2) -> None:
+    def __init__(self, urls: Sequence[str], num_clients: int = 2, pause: float = 0.05) -> None:
         self._urls = itertools.cycle(urls)
         self._seeds = itertools.count(20_000_000)
         self._lock = threading.Lock()
+        self._pause = pause
         self._is_ended = threading.Event()
         self._threads = [threading.Thread(target=self._ask_on) for _ in range(num_clients)]
         self.counts: Counter[str] = Counter()
@@ -65,8 +67,8 @@ class Traffic:
                 outcome = _ask(client, url, seed)
                 with self._lock:
                     self.counts[outcome] += 1
-                if outcome != "ok":
-                    self._is_ended.wait(0.1)  # a client that comes again at once counts one fault a thousand times
+                # A client that comes again at once after a fault counts it a thousand times.
+                self._is_ended.wait(self._pause if outcome == "ok" else 0.1)
 
 
 def _ask(client: httpx.Client, url: str, seed: int) -> str:
