@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.kernels.compiler import as_array, share_threads
 from language_server.attention.base import LayerCall
 from language_server.attention.paged import ForwardContext
 from language_server.kernels import layers
-from language_server.kernels.compiler import as_array, share_threads
 from language_server.packed_linear import PackedLinear
 
 FUSED_MODEL_TYPES: Final = frozenset({"internlm3", "qwen2", "qwen3"})

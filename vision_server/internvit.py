@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common.model.config import VisionConfig
 from common.service.errors import CheckpointError
+from vision_server.attention import attend
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,  # exact (erf), as every published checkpoint
@@ -86,8 +87,7 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.qkv(hidden).chunk(3, dim=-1)
         heads = (self._split(self.q_norm(query)), self._split(self.k_norm(key)), self._split(value))
-        mixed = F.scaled_dot_product_attention(*heads)  # [n, heads, tokens, head_dim]
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.proj(attend(*heads))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

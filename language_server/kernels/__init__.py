@@ -1,5 +1,5 @@
 """What a CPU computes between matrix products: attention over the paged cache, norms, rotation, gating.
 
-Compiled by Numba at first use and kept on disk. Each function is one pass over memory where torch would launch several
-operations of some microseconds each, as many as the arithmetic of a small batch takes.
+Each function is one pass over memory where torch would launch several operations of some microseconds each, as many as
+the arithmetic of a small batch takes.
 """

@@ -4,8 +4,8 @@
 import numpy as np
 from numba import prange
 
-from language_server.kernels.compiler import kernel
-from language_server.kernels.numbers import exp, narrow, widen
+from common.kernels.compiler import kernel
+from common.kernels.numbers import exp, narrow, widen
 
 
 @kernel
@@ -54,9 +54,10 @@ def rotate_and_cache(qkv, norms, eps, cos, signed_sin, slots, keys, values):
     for row in prange(num_tokens):
         head_values = np.empty(head_dim, np.float32)
         for head in range(num_rotated):
-            offset = head * head_dim
+            # Slices, because indices that begin at 0 make loops that vectorise.
+            heads = qkv[row, head * head_dim : (head + 1) * head_dim]
             for d in range(head_dim):
-                head_values[d] = widen(qkv[row, offset + d])
+                head_values[d] = widen(heads[d])
             if len(norms):
                 squares = np.float32(0.0)
                 for d in range(head_dim):
@@ -64,19 +65,18 @@ def rotate_and_cache(qkv, norms, eps, cos, signed_sin, slots, keys, values):
                 scale = np.float32(1.0) / np.sqrt(squares / np.float32(head_dim) + eps)
                 for d in range(head_dim):
                     head_values[d] *= scale * widen(norms[head, d])
+            first, second = head_values[:half], head_values[half:]
+            low, high = heads[:half], heads[half:]
+            high_cos, high_sin = cos[row, half:], signed_sin[row, half:]
             for d in range(half):
-                first, second = head_values[d], head_values[d + half]
-                low = first * widen(cos[row, d]) + second * widen(signed_sin[row, d])
-                high = second * widen(cos[row, d + half]) + first * widen(signed_sin[row, d + half])
-                qkv[row, offset + d] = narrow(low, qkv[0, 0])
-                qkv[row, offset + half + d] = narrow(high, qkv[0, 0])
+                low[d] = narrow(first[d] * widen(cos[row, d]) + second[d] * widen(signed_sin[row, d]), qkv[0, 0])
+                high[d] = narrow(second[d] * widen(high_cos[d]) + first[d] * widen(high_sin[d]), qkv[0, 0])
         slot = slots[row]
         for head in range(num_kv_heads):
             key = (num_rotated - num_kv_heads + head) * head_dim
             value = (num_rotated + head) * head_dim
-            for d in range(head_dim):
-                keys[slot, head, d] = qkv[row, key + d]
-                values[slot, head, d] = qkv[row, value + d]
+            keys[slot, head] = qkv[row, key : key + head_dim]
+            values[slot, head] = qkv[row, value : value + head_dim]
 
 
 @kernel
@@ -84,8 +84,9 @@ def silu_and_multiply(gate_up, out):
     """``silu(gate) * up`` of [num_tokens, 2 * size], gates first, into ``out`` [num_tokens, size]."""
     num_tokens, size = out.shape
     for row in prange(num_tokens):
+        gates, ups = gate_up[row, :size], gate_up[row, size:]  # indices that begin at 0 make loops that vectorise
         for i in range(size):
-            gate, up = widen(gate_up[row, i]), widen(gate_up[row, size + i])
+            gate, up = widen(gates[i]), widen(ups[i])
             # exp overflows beyond 88: a gate so far below zero is zero either way.
             weight = np.float32(1.0) / (np.float32(1.0) + exp(min(-gate, np.float32(80.0))))
             out[row, i] = narrow(gate * weight * up, gate_up[0, 0])

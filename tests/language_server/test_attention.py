@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from language_server.attention import choose_backend, paged, sdpa
+from language_server.attention import choose_backend, cpu, paged, sdpa
 from language_server.attention.base import BatchLayout, KVCache, KVShape, LayerCall
 from language_server.attention.cpu import CpuBackend
 from language_server.attention.paged import ForwardContext
@@ -138,9 +138,14 @@ def test_score_matrices_with_sinks_are_built_in_slices(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_bfloat16(has_sinks, backend):
-    batch = Batch([1, 1, 9], [7, 30, 25], dtype=torch.bfloat16)
-    call = LayerCall(0.3, None, torch.linspace(-1, 2, 6).bfloat16() if has_sinks else None)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("is_long", [False, True])
+def test_bfloat16(is_long, window, has_sinks, backend, monkeypatch):
+    if is_long:
+        monkeypatch.setattr(cpu, "_MIN_SCORES", 1)
+        monkeypatch.setattr(cpu, "_QUERIES_AT_ONCE", 8)
+    batch = Batch([1, 1, 9, 30], [7, 30, 25, 30], dtype=torch.bfloat16)
+    call = LayerCall(0.3, window, torch.linspace(-1, 2, 6).bfloat16() if has_sinks else None)
     out = batch.attend(call, BACKENDS[backend]())
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), batch.expected(call), atol=2e-2, rtol=2e-2)
