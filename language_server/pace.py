@@ -1,15 +1,16 @@
 """How many prompt tokens may run in one step beside sequences that generate, so that their next tokens are not late.
 
 Learns from how long steps took: what a step costs without a prompt, and what each prompt token adds. On a GPU that
-allows thousands of tokens, on two cores a few dozen. Pure: times come in, no clock is read.
+allows thousands of tokens, on two cores a hundred. Pure: times come in, no clock is read.
 """
 
 from collections import deque
 from statistics import median
 from typing import Final
 
-MIN_PREFILL_TOKENS: Final = 32
-"""Fewer waste the matrix units, and a prompt must get on whatever it costs."""
+MIN_PREFILL_TOKENS: Final = 96
+"""Fewer cost more by being a step's second kind of work than by their number (docs/decisions.md), and a prompt must get
+on whatever it costs."""
 _GRANULE: Final = 16
 _NUM_SAMPLES: Final = 16
 _MIN_TOKEN_SECONDS: Final = 1e-7

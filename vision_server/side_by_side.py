@@ -5,31 +5,43 @@ always late, and all wait. Threads with tiles of their own meet once a batch. Me
 float32: 1.06 tiles/s together, 1.27 side by side (docs/decisions.md).
 """
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
 
+from vision_server.free_cores import FreeCores
+
 
 class SideBySide:
-    """Calls ``encode`` for each tile, [1, 3, S, S] -> [1, tokens per tile, hidden], from as many threads as fit."""
+    """Calls ``encode`` for each tile, [1, 3, S, S] -> [1, tokens per tile, hidden], from as many threads as fit, or
+    from as many as others leave cores for."""
 
     def __init__(self, encode: Callable[[Tensor], Tensor], num_threads: int) -> None:
         self._encode = encode
         self._num_threads = num_threads
+        self._free_cores = FreeCores(num_threads)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tile")
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """[num_tiles, 3, S, S] -> [num_tiles, tokens per tile, hidden]. Raises what ``encode`` raised first."""
-        parts = [part for tiles in torch.split(pixels, self._num_threads) for part in self._at_once(tiles)]
+        parts: list[Tensor] = []
+        while len(parts) < len(pixels):
+            num_threads = self._free_cores.num_threads
+            tiles = pixels[len(parts) : len(parts) + num_threads]
+            started, used = _now()
+            parts += self._at_once(tiles, num_threads)
+            ended, used_then = _now()
+            self._free_cores.observe(num_threads // len(tiles) * len(tiles), ended - started, used_then - used)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _at_once(self, tiles: Tensor) -> list[Tensor]:
+    def _at_once(self, tiles: Tensor, num_threads: int) -> list[Tensor]:
         """No more tiles than threads."""
-        if len(tiles) == 1:
+        if len(tiles) == 1 and num_threads == self._num_threads:
             return [self._encode(tiles)]
-        share = self._num_threads // len(tiles)
+        share = num_threads // len(tiles)
         try:
             running = [self._pool.submit(self._encode_with, share, tile) for tile in torch.split(tiles, 1)]
             wait(running)  # also after a failure: the caller may free memory and try again
@@ -42,3 +54,8 @@ class SideBySide:
     def _encode_with(self, num_threads: int, tile: Tensor) -> Tensor:
         torch.set_num_threads(num_threads)  # of this thread
         return self._encode(tile)
+
+
+def _now() -> tuple[float, float]:
+    """Seconds on the wall, and processor seconds of this process."""
+    return time.perf_counter(), time.process_time()

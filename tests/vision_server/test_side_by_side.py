@@ -1,11 +1,14 @@
 """Tiles side by side on a CPU: in order, at once, each with its part of the threads, whole after a failure."""
 
+import itertools
 import threading
+import time
 
 import pytest
 import torch
 from torch import Tensor
 
+from vision_server import side_by_side
 from vision_server.side_by_side import SideBySide
 
 DEADLINE = 30.0
@@ -17,6 +20,17 @@ def four_threads():
     torch.set_num_threads(4)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def all_cores_are_free(monkeypatch):
+    cores_are_free(monkeypatch, 4)
+
+
+def cores_are_free(monkeypatch, num_cores: int) -> None:
+    """What the clocks say, whatever this machine has and does."""
+    seconds = itertools.count()
+    monkeypatch.setattr(side_by_side, "_now", lambda: (now := float(next(seconds)), now * num_cores))
 
 
 def numbered_tiles(num_tiles: int) -> Tensor:
@@ -66,11 +80,11 @@ def test_a_failure_is_raised_when_no_tile_runs_any_more(four_threads):
         inside.discard(number)
         return tile
 
-    side_by_side = SideBySide(encode, num_threads=4)
+    encoder = SideBySide(encode, num_threads=4)
     with pytest.raises(RuntimeError, match="out of memory"):
-        side_by_side(numbered_tiles(4))
+        encoder(numbered_tiles(4))
     assert not inside
-    assert len(side_by_side(numbered_tiles(4)[1:])) == 3
+    assert len(encoder(numbered_tiles(4)[1:])) == 3
     assert torch.get_num_threads() == 4
 
 
@@ -79,3 +93,25 @@ def test_no_gradients_are_recorded_in_the_threads(four_threads):
     with torch.inference_mode():
         features = SideBySide(lambda tile: tile * weight, num_threads=4)(numbered_tiles(2))
     assert not features.requires_grad
+
+
+def test_beside_others_tiles_run_one_after_the_other(four_threads, monkeypatch):
+    """The clocks say that the first round got one core of four."""
+    cores_are_free(monkeypatch, 1)
+    inside, most = 0, []
+    lock = threading.Lock()
+
+    def encode(tile: Tensor) -> Tensor:
+        nonlocal inside
+        with lock:
+            inside += 1
+            most.append((inside, torch.get_num_threads()))
+        time.sleep(0.01)
+        with lock:
+            inside -= 1
+        return tile
+
+    tiles = numbered_tiles(8)
+    assert torch.equal(SideBySide(encode, num_threads=4)(tiles), tiles)
+    assert most[4:] == [(1, 1)] * 4
+    assert torch.get_num_threads() == 4
