@@ -85,12 +85,12 @@ def main() -> None:
     bridge = Bridge()
     for line in sys.stdin:
         request = json.loads(line)
-        method = request.pop("do")
+        method, number = request.pop("do"), request.pop("number")
         try:
             answer = {"value": getattr(bridge, method)(**request)}
         except Exception as error:  # noqa: BLE001 - the seam: every failure becomes an answer
             answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps({"number": number, **answer}) + "\n")
 
 
 if __name__ == "__main__":

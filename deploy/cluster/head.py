@@ -51,6 +51,8 @@ class Head:
         self, address: str, cluster: str, *, incarnation: str | None = None, is_insecure: bool = False
     ) -> None:
         require_ray()
+        self._num_calls = 0
+        self._unread = b""  # of the answers
         given, address = address, _find_head() if address == AUTO else address
         _reach(given, address)
         with tempfile.TemporaryFile() as errors:
@@ -86,13 +88,14 @@ class Head:
     def call(self, do: str, seconds: float = _CALL_SECONDS, **arguments: Any) -> Any:
         """Call a method of the bridge. Raises Unavailable when it fails or takes too long."""
         assert self._child.stdin is not None
-        record = json.dumps({"do": do, **arguments}).encode() + b"\n"
+        self._num_calls += 1
+        record = json.dumps({"do": do, "number": self._num_calls, **arguments}).encode() + b"\n"
         try:
             self._child.stdin.write(record)
             self._child.stdin.flush()
         except OSError:
             raise Unavailable(f"Ray ended the connection: {self._last_words()}") from None
-        answer = json.loads(self._read_line(time.monotonic() + seconds))
+        answer = self._read_answer(time.monotonic() + seconds)
         if "error" in answer:
             raise Unavailable(" ".join(str(answer["error"]).split()))
         return answer["value"]
@@ -113,17 +116,24 @@ class Head:
         except Unavailable as error:
             raise StartupError(f"ray.address {address}: {_explain(str(error), address)}") from None
 
+    def _read_answer(self, deadline: float) -> dict[str, Any]:
+        """Of the last call. Those of calls that Ctrl-C or a deadline ended come late, and nobody wants them."""
+        while True:
+            answer: dict[str, Any] = json.loads(self._read_line(deadline))
+            if answer["number"] == self._num_calls:
+                return answer
+
     def _read_line(self, deadline: float) -> bytes:
         assert self._child.stdout is not None
-        line = b""
-        while not line.endswith(b"\n"):
+        while b"\n" not in self._unread:
             readable, _, _ = select.select([self._child.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not readable:
                 raise Unavailable("the Ray head does not answer")
             received = os.read(self._child.stdout.fileno(), 65536)
             if not received:
                 raise Unavailable(f"Ray ended the connection: {self._last_words()}")
-            line += received
+            self._unread += received
+        line, _, self._unread = self._unread.partition(b"\n")
         return line
 
     def _last_words(self) -> str:

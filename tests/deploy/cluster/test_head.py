@@ -1,6 +1,8 @@
 """A Ray head that is not there, is another thing, or obeys everybody: one line each, before anything is started."""
 
+import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent import futures
@@ -8,7 +10,7 @@ from concurrent import futures
 import grpc
 import pytest
 
-from common.service.errors import StartupError
+from common.service.errors import StartupError, Unavailable
 from deploy.cluster import head
 from deploy.cluster.head import Head, check_guard, is_reachable, require_ray
 
@@ -102,3 +104,26 @@ def test_ray_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StartupError, match=r"dvd up needs ray: pip install 'dvd-serve\[ray\]'"):
         require_ray()
+
+
+class SlowHead(Head):
+    """A head whose bridge is a program that answers each call after the one before was given up."""
+
+    def __init__(self) -> None:
+        source = (
+            "import json, sys, time\n"
+            "for line in sys.stdin:\n"
+            "    call = json.loads(line)\n"
+            "    time.sleep(call.get('pause', 0))\n"
+            "    print(json.dumps({'number': call['number'], 'value': call['do']}), flush=True)\n"
+        )
+        self._num_calls, self._unread, self._errors = 0, b"", os.open(os.devnull, os.O_RDWR)
+        self._child = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_the_late_answer_of_a_call_that_was_given_up_is_nobody_elses():
+    with SlowHead() as head:
+        with pytest.raises(Unavailable, match="does not answer"):
+            head.call("first", seconds=0.01, pause=0.5)
+        assert head.call("second") == "second"
+        assert head.call("third") == "third"
