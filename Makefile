@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
 
-.PHONY: install protos check test demo bench clean
+.PHONY: install protos check test demo bench soak clean
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ bench: $(STAMP)
 	  $(if $(VLLM),--systems dvd$(comma)colocated$(comma)vllm --vllm $(VLLM))
 	$(BIN)/dvd bench table18 $(BENCH_MODEL) --results benchmarks/results
 	$(BIN)/python -m benchmarks page
+
+# Ten thousand random requests: every one must end, nothing may be left.
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks soak --results benchmarks/results
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

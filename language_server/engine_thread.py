@@ -62,7 +62,7 @@ class EngineThread:
         *,
         on_progress: Callable[[], None] = lambda: None,
         turn: AbstractContextManager[None] | None = None,
-        max_prefill_stretch: float = 2.0,
+        max_prefill_stretch: float = 1.5,
     ) -> None:
         self._max_num_live = max_num_live
         self._on_progress = on_progress

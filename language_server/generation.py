@@ -5,6 +5,7 @@ gRPC beyond the messages.
 """
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -142,12 +143,20 @@ class Generation:
         """Where the reply's grammar begins, or goes on where a lost server left it; None: free text."""
         if not self._request.sampling.HasField("grammar"):
             return None
-        compiling = asyncio.get_running_loop().run_in_executor(self._backend.compiling, self._enter_grammar)
+        has_begun = threading.Event()
+
+        def compile_it() -> GrammarState:
+            has_begun.set()
+            return self._enter_grammar()
+
+        compiling = asyncio.get_running_loop().run_in_executor(self._backend.compiling, compile_it)
         try:
             async with asyncio.timeout(min(self._remaining(), _COMPILE_SECONDS)):
                 return await compiling
         except TimeoutError:
             self._remaining()
+            if not has_begun.is_set():  # it is not at fault for those before it
+                raise Overloaded("other grammars are being compiled") from None
             message = "the grammar takes too long to compile"
             raise InvalidRequest(message, param=self._request.sampling.grammar.param) from None
 

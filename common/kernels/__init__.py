@@ -1,1 +1,1 @@
-"""Loops over tensors in a CPU's memory, compiled by Numba at first use and kept on disk: the means, not the kernels."""
+"""Loops over tensors in a CPU's memory, compiled by Numba at first use and kept on disk."""

@@ -34,7 +34,8 @@ def widen(_, value):
 
 @intrinsic
 def narrow(_, value, like):
-    """float32 ``value`` as the type of ``like``, to the nearest, ties to even. Keeps infinities; NaN may become one."""
+    """float32 ``value`` as the type of ``like``, to the nearest, ties to even. Keeps infinities, and the NaN that
+    processors make."""
     if not _is_bfloat16(like):
         return types.float32(value, like), lambda context, builder, signature, args: args[0]
 
@@ -59,7 +60,8 @@ def _as_float(_, bits):
 @njit(inline="always")
 def exp(x):
     """e ** x for float32 ``x`` <= 88; the relative error is below 3e-7 around 0 and 1e-5 at the ends. What would be
-    below the smallest normal number is that number.
+    below the smallest normal number is that number. NaN gives some number: the residual stream carries it to the
+    logits, where it is seen.
 
     2 ** n times a polynomial in the rest, the Taylor series of 2 ** f around 0 for abs(f) <= 0.5.
     """

@@ -1,15 +1,14 @@
 """Many prompts at once on a bounded number of threads. One that fails costs the others nothing."""
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Self
 
 from common.service.errors import DvdError, InternalError
 from deploy.offline.prompt import Prompt
-from deploy.offline.reply import Reply, Stream
+from deploy.offline.reply import Pieces, Reply, Stream
 
 Outcome = Reply | DvdError
 Ask = Callable[[Prompt], Stream]
@@ -34,7 +33,7 @@ class BatchError(DvdError):
         )
 
 
-class BatchStream(Iterator[tuple[int, str]]):
+class BatchStream(Pieces[tuple[int, str]]):
     """(index of the prompt, piece of its answer) as they come; afterwards ``replies`` holds the whole.
 
     Asks when the first piece is wanted. Closed early, also by leaving a ``with`` block, it cancels all that has not
@@ -53,19 +52,6 @@ class BatchStream(Iterator[tuple[int, str]]):
     def replies(self) -> list[Reply]:
         """Those there are, in the order of the prompts."""
         return [each for each in self.outcomes if isinstance(each, Reply)]
-
-    def __next__(self) -> tuple[int, str]:
-        return next(self._pieces)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop here."""
-        self._pieces.close()
 
     def finish(self) -> list[Reply]:
         """Wait for the end."""

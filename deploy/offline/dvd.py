@@ -83,7 +83,7 @@ class DvD:
             key = settings.api_key[0].get_secret_value() if settings.api_key else ""
             client = ChatClient(deployment.address, key, settings.request_timeout)
             dvd = cls(client, deployment.address, max_concurrency)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: nothing may be left running
             deployment.stop(at_once=True)
             raise
         dvd._deployment = deployment
@@ -117,7 +117,7 @@ class DvD:
         client = ChatClient(address, api_key or "", timeout)
         try:
             return cls(client, address, max_concurrency)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well
             client.close()
             raise
 

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from deploy.client import Answer
+
+_Piece = TypeVar("_Piece")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,26 @@ def reply_of(answer: Answer, watch: Stopwatch) -> Reply:
     return Reply(answer.text, answer.finish_reason, usage, watch.timing(answer.metrics))
 
 
-class Stream(Iterator[str]):
+class Pieces(Iterator[_Piece]):
+    """Whatever comes piece by piece from a generator, and can be closed before its end."""
+
+    _pieces: Generator[_Piece, None, Any]
+
+    def __next__(self) -> _Piece:
+        return next(self._pieces)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop here."""
+        self._pieces.close()
+
+
+class Stream(Pieces[str]):
     """The pieces of one answer as they come; afterwards ``reply`` holds the whole.
 
     Asks when the first piece is wanted. Closed early, also by leaving a ``with`` block, it cancels the answer, and
@@ -93,16 +114,6 @@ class Stream(Iterator[str]):
         except StopIteration as end:
             self.reply = self.reply or end.value
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop here."""
-        self._pieces.close()
 
     def finish(self) -> Reply:
         """Wait for the end."""

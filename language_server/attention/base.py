@@ -74,6 +74,12 @@ class BatchLayout:
         blocks = self.block_tables[rows, self.position_ids // self.block_size]
         return blocks * self.block_size + self.position_ids % self.block_size
 
+    def slots(self, row: int, first: int = 0) -> torch.Tensor:
+        """Cache slots of a sequence's tokens from position ``first`` on, [seq_len - first] int64."""
+        positions = torch.arange(first, self.seq_lens[row], device=self.device)
+        blocks = self.block_tables[row].index_select(0, positions // self.block_size)
+        return blocks * self.block_size + positions % self.block_size
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from common.kernels.compiler import as_array, share_threads
+from common.kernels.softmax import NO_SINKS, NO_WINDOW, softmax_without_division
 from language_server.attention.base import AttentionBackend, BatchLayout, LayerCall
 from language_server.attention.sdpa import SdpaBackend, SdpaPlan
-from language_server.kernels.attention import causal_softmax, paged_attention
+from language_server.kernels.attention import paged_attention
 
-_NO_WINDOW = 1 << 62
-_NO_SINKS = np.empty(0, np.float32)
 _QUERIES_AT_ONCE = 256  # of a prompt: their scores stay in the processor's cache, and few lie above the diagonal
 _MIN_SCORES = 1 << 16  # of a prompt, from which the matrix kernels win (measured with 8 heads of 64)
 
@@ -53,9 +52,9 @@ class CpuBackend(AttentionBackend):
                 as_array(value_cache),
                 plan.block_tables,
                 plan.seq_lens,
-                call.sliding_window or _NO_WINDOW,
+                call.sliding_window or NO_WINDOW,
                 np.float32(call.scaling),
-                _NO_SINKS if call.sinks is None else call.sinks.float().numpy(),
+                _sinks(call),
                 as_array(out.flatten(1)),
             )
         if num_single < len(query):
@@ -80,7 +79,7 @@ class CpuBackend(AttentionBackend):
         for row in range(layout.num_single, len(layout.query_lens)):
             tokens = slice(start, start + layout.query_lens[row])
             if row not in plan.slots:
-                plan.slots[row] = _slots(layout, row)
+                plan.slots[row] = layout.slots(row)
             keys, values = (c.flatten(0, 1).index_select(0, plan.slots[row]) for c in (key_cache, value_cache))
             _attend_prompt(out[tokens], query[tokens], keys.transpose(0, 1), values.transpose(0, 1), call)
             start = tokens.stop
@@ -93,7 +92,6 @@ def _attend_prompt(
     head_dim]. The heads that share a KV head are its queries, so nothing is repeated."""
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, num_keys, _ = keys.shape
-    sinks = _NO_SINKS if call.sinks is None else call.sinks.float().numpy()
     for start in range(0, num_queries, _QUERIES_AT_ONCE):
         rows = query[start : start + _QUERIES_AT_ONCE]
         end = num_keys - num_queries + start + len(rows)
@@ -103,24 +101,22 @@ def _attend_prompt(
         scores = torch.bmm(grouped, keys[:, :end].transpose(1, 2))
         inverse_sums = torch.empty(num_heads * len(rows), 1)
         share_threads(scores.numel())
-        causal_softmax(
+        softmax_without_division(
             as_array(scores.flatten(0, 1)),
             np.float32(call.scaling),
             len(rows),
             end - len(rows),
-            call.sliding_window or _NO_WINDOW,
-            sinks,
+            call.sliding_window or NO_WINDOW,
+            _sinks(call),
             inverse_sums.numpy(),
         )
         mixed = torch.bmm(scores, values[:, :end]).view(num_heads, len(rows), head_dim)
         torch.mul(mixed, inverse_sums.view(num_heads, -1, 1), out=out[start : start + len(rows)].transpose(0, 1))
 
 
-def _slots(layout: BatchLayout, row: int) -> torch.Tensor:
-    """Where the tokens of a sequence lie in the cache, [seq_len] int64."""
-    positions = torch.arange(layout.seq_lens[row])
-    blocks = layout.block_tables[row].index_select(0, positions // layout.block_size)
-    return blocks * layout.block_size + positions % layout.block_size
+def _sinks(call: LayerCall) -> np.ndarray[Any, Any]:
+    """[num_heads] float32; empty: none."""
+    return NO_SINKS if call.sinks is None else call.sinks.float().numpy()  # type: ignore[no-any-return]
 
 
 def _rows(query: torch.Tensor) -> torch.Tensor:

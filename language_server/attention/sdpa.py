@@ -201,14 +201,12 @@ def _plan_prefill(layout: BatchLayout, row: int, start: int, window: int | None,
     num_queries, seq_len = layout.query_lens[row], layout.seq_lens[row]
     num_computed = seq_len - num_queries
     first_key = 0 if window is None else max(0, num_computed - window + 1)
-    positions = torch.arange(first_key, seq_len, device=layout.device)
-    blocks = layout.block_tables[row].index_select(0, positions // layout.block_size)
-    slots = blocks * layout.block_size + positions % layout.block_size
+    slots = layout.slots(row, first_key)
     tokens = slice(start, start + num_queries)
     if num_computed == 0 and (window is None or seq_len <= window):
         return _Prefill(tokens, slots, None)
     like = torch.empty(0, dtype=dtype, device=layout.device)
-    return _Prefill(tokens, slots, _bias(num_queries, len(positions), num_computed - first_key, window, like))
+    return _Prefill(tokens, slots, _bias(num_queries, len(slots), num_computed - first_key, window, like))
 
 
 def _bias(num_queries: int, num_keys: int, offset: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

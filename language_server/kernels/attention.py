@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence, straight from the blocks of the KV cache; the softmax of a prompt."""
+"""Attention of one new token per sequence, read straight from the blocks of the KV cache."""
 
 # mypy: disable-error-code="no-untyped-def"
 import numpy as np
@@ -69,38 +69,3 @@ def paged_attention(query, keys, values, block_tables, seq_lens, window, scaling
             mixed = out[row, offset : offset + head_dim]
             for d in range(head_dim):
                 mixed[d] = narrow(scaled[head, d] * highest[head], query[0, 0])
-
-
-@kernel
-def causal_softmax(scores, scaling, num_queries, offset, window, sinks, inverse_sums):
-    """``exp(scaling * score - max)`` of what each query may see, 0 elsewhere, in place; one over the sums beside it.
-
-    Args:
-        scores: [num_heads * num_queries, num_keys], the queries of a head behind one another.
-        scaling: float32, above 0.
-        offset: key at which the first query stands; the next stands at the next.
-        window: how many keys a query sees, its own included.
-        sinks: [num_heads] float32, logits of a key without value; empty: none.
-        inverse_sums: [num_heads * num_queries, 1] float32.
-    """
-    num_rows, num_keys = scores.shape
-    for row in prange(num_rows):
-        end = min(num_keys, offset + row % num_queries + 1)
-        start = max(0, end - window)
-        seen = scores[row, start:end]  # indices that begin at 0 make loops that vectorise
-        highest = widen(seen[0])
-        for column in range(len(seen)):
-            highest = max(highest, widen(seen[column]))
-        highest *= scaling
-        total = np.float32(0.0)
-        if len(sinks):
-            sink = sinks[row // num_queries]
-            highest = max(highest, sink)
-            total = exp(sink - highest)
-        for column in range(len(seen)):
-            weight = exp(widen(seen[column]) * scaling - highest)
-            total += weight
-            seen[column] = narrow(weight, scores[0, 0])
-        scores[row, :start] = narrow(np.float32(0.0), scores[0, 0])
-        scores[row, end:] = narrow(np.float32(0.0), scores[0, 0])
-        inverse_sums[row, 0] = np.float32(1.0) / total

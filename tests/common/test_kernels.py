@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from numba import prange
 
-from common.kernels.compiler import as_array, kernel
+from common.kernels.compiler import as_array, kernel, share_threads
 from common.kernels.numbers import exp, narrow, widen
+from common.kernels.softmax import NO_SINKS, NO_WINDOW, softmax_without_division
 
 
 @kernel
@@ -64,3 +66,14 @@ def test_they_work_where_nothing_can_be_kept(tmp_path):
     )
     shown = subprocess.run([sys.executable, str(source)], capture_output=True, text=True, env={"PYTHONPATH": "."})
     assert shown.stdout == "4.0\n", shown.stderr
+
+
+@pytest.mark.parametrize("num_rows", [3, 500])
+def test_the_softmax_of_scores_far_apart(num_rows):
+    scores = torch.linspace(-3e4, 3e4, 200).repeat(num_rows, 1)
+    expected = torch.softmax(scores * 0.01, dim=-1)
+    inverse_sums = torch.empty(num_rows, 1)
+    share_threads(scores.numel())
+    arguments = (np.float32(0.01), num_rows, 200, NO_WINDOW, NO_SINKS, inverse_sums.numpy())
+    softmax_without_division(as_array(scores), *arguments)
+    torch.testing.assert_close(scores * inverse_sums, expected, atol=1e-6, rtol=1e-4)

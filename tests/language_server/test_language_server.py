@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from typing import Any
 
@@ -314,6 +315,25 @@ async def test_a_grammar_that_takes_too_long_is_refused(system, monkeypatch):
     monkeypatch.setattr(GrammarCompiler, "compile", lambda self, grammar: time.sleep(0.2))
     error = await failure(system.generate(make_request("describe", grammar=Grammar(regex="a", param="here"))))
     assert (type(error), error.param) == (InvalidRequest, "here")
+
+
+async def test_a_grammar_behind_slow_ones_is_not_blamed_for_them(system, monkeypatch):
+    begun, release = threading.Semaphore(0), threading.Event()
+
+    def compile_slowly(*_: Any) -> None:
+        begun.release()
+        release.wait(60)
+
+    monkeypatch.setattr(generation, "_COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_slowly)
+    grammar = Grammar(regex="a", param="here")
+    slow = [asyncio.create_task(failure(system.generate(make_request("one", grammar=grammar)))) for _ in range(2)]
+    for _ in slow:  # until both compiling threads are taken
+        assert await asyncio.to_thread(begun.acquire, timeout=60)
+    error = await failure(system.generate(make_request("two", grammar=grammar)))
+    release.set()
+    assert type(error) is Overloaded
+    assert {type(each) for each in await asyncio.gather(*slow)} == {InvalidRequest}
 
 
 async def test_odd_but_allowed_sampling_hurts_nobody(system):

@@ -106,7 +106,7 @@ def test_beside_others_tiles_run_one_after_the_other(four_threads, monkeypatch):
         with lock:
             inside += 1
             most.append((inside, torch.get_num_threads()))
-        time.sleep(0.01)
+        time.sleep(0.01)  # long enough to be seen by another, were there one
         with lock:
             inside -= 1
         return tile
