@@ -1,8 +1,8 @@
 """All servers behind this router: who they are, which of them may be used, and which of those gets the next work.
 
 Servers come and go while requests run (``router.discovery``). One that comes is followed at once and used as soon as it
-is READY with the checkpoint served here. One that goes gets no new work at once and is let go of when the calls it has
-are at their end. Knows nothing of HTTP, images or prompts.
+is READY with the checkpoint served here. One that goes gets no new work once others are ready in its place, and is let
+go of when the calls it has are at their end. Knows nothing of HTTP, images or prompts.
 """
 
 import asyncio
@@ -26,6 +26,8 @@ _FIRST_BACKOFF_SECONDS: Final = 0.1
 _MAX_BACKOFF_SECONDS: Final = 2.0
 _CANCEL_SECONDS: Final = 5.0
 """For the owners of cancelled calls to notice."""
+_STAND_IN_SECONDS: Final = 10.0
+"""One that was replaced works on for so long at most until its successor is ready."""
 
 
 class Reminder:
@@ -145,8 +147,9 @@ class Fleet:
             else:
                 workers[address] = worker = make(address)
                 self._watch_over(worker)
+        has_successors = any(address not in went for address in (*members, *came))
         for address in went:
-            self._bid_farewell(workers, workers[address])
+            self._bid_farewell(workers, workers[address], has_successors)
         self._compare_fingerprints()
         self._notify()
 
@@ -155,19 +158,21 @@ class Fleet:
         watcher.add_done_callback(lambda task: self._on_watcher_ended(worker, task))
         self._watchers[worker] = watcher
 
-    def _bid_farewell(self, workers: dict[str, WorkerT], worker: WorkerT) -> None:
-        """No new work from here on, and none of its calls is touched."""
+    def _bid_farewell(self, workers: dict[str, WorkerT], worker: WorkerT, has_successors: bool) -> None:
+        """No new work from here on, or from when a successor is ready; none of its calls is touched."""
         log.info("%s server %s (%s) is leaving: %d calls open", *_names(worker), worker.num_calls)
         worker.is_leaving = True
+        worker.stands_in = has_successors
         self._leaving[worker] = asyncio.create_task(self._see_off(workers, worker), name=f"see off {worker.address}")
 
     def _welcome_back(self, worker: Worker) -> None:
         """It was gone from the list, and is on it again before its last call has ended."""
         log.info("%s server %s (%s) is back", *_names(worker))
-        worker.is_leaving = False
+        worker.is_leaving = worker.stands_in = False
         self._leaving.pop(worker).cancel()
 
     async def _see_off(self, workers: dict[str, WorkerT], worker: WorkerT) -> None:
+        await self._stand_in(worker)
         if not await _ends_in_time(worker, self._leave_timeout):
             log.warning("%s server %s (%s) has left: %d calls are cut off", *_names(worker), worker.num_calls)
             worker.cancel_calls()
@@ -182,6 +187,24 @@ class Fleet:
         await asyncio.gather(watcher, return_exceptions=True)
         await worker.close()
         del self._leaving[worker]
+
+    async def _stand_in(self, worker: Worker) -> None:
+        """Until a successor is ready."""
+        try:
+            async with asyncio.timeout(_STAND_IN_SECONDS):
+                while worker.stands_in:
+                    await self.wait_changed()
+        except TimeoutError:
+            log.warning("%s server %s (%s) leaves, and none that replaces it is ready", *_names(worker))
+            worker.stands_in = False
+            self._notify()
+
+    def _relieve(self, workers: Collection[Worker]) -> None:
+        """Those who leave are no longer needed once somebody is ready who stays, or when they serve something else."""
+        is_replaced = any(worker.is_usable and not worker.is_leaving for worker in workers)
+        for worker in workers:
+            if is_replaced or worker.status is None or _fingerprint(worker) != self.fingerprint:
+                worker.stands_in = False
 
     # --- following
 
@@ -249,6 +272,8 @@ class Fleet:
             self.model = min(infos, key=lambda info: info.max_model_len)
 
     def _notify(self) -> None:
+        self._relieve(self.vision)
+        self._relieve(self.language)
         self._count_states()
         # Wakes every waiter; the next one waits on a fresh event.
         self._changed.set()

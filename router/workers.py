@@ -65,6 +65,7 @@ class Worker(abc.ABC):
         self.load = 0  # outstanding tiles (vision) or sequences (language) of this router
         self.is_refused = False  # serves another checkpoint
         self.is_leaving = False  # no longer among our servers: finishes what it has
+        self.stands_in = False  # it leaves, but none of those who replace it is ready yet
         self._incarnation = b""
         self._costs: dict[grpc.aio.Call, int] = {}  # of the open calls; 0 once they are lost
         self._idle = asyncio.Event()
@@ -75,7 +76,7 @@ class Worker(abc.ABC):
     @property
     def is_usable(self) -> bool:
         is_ready = self.status is not None and self.status.state == WORKER_STATE_READY
-        return is_ready and not self.is_refused and not self.is_leaving
+        return is_ready and not self.is_refused and (not self.is_leaving or self.stands_in)
 
     @property
     def state_name(self) -> str:

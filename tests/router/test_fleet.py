@@ -5,6 +5,7 @@ import json
 from functools import partial
 
 from common.service import metrics
+from protos.status_pb2 import WORKER_STATE_READY, WORKER_STATE_STARTING
 from router import fleet
 from router.fleet import Fleet, Reminder
 from tests.router.conftest import png, running_system, user
@@ -88,6 +89,45 @@ async def test_a_language_server_that_goes_finishes_its_streams():
         assert [len(language.requests) for language in (going, staying)] == [1, 1]
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
         await until(lambda: going.num_watching == 0)
+
+
+async def test_who_is_replaced_works_until_its_successor_is_ready():
+    """Otherwise there is nobody for as long as it takes to get in touch with the new one."""
+    async with running_system(num_vision=2, num_language=2) as system:
+        known = system.router.fleet
+        for _, new in (system.visions, system.languages):
+            new.change(state=WORKER_STATE_STARTING)
+        await system.until(lambda: [worker.is_usable for worker in known.workers].count(True) == 2)
+        (old_vision, new_vision), (old_language, new_language) = system.visions, system.languages
+        known.set_vision([new_vision.address])
+        known.set_language([new_language.address])
+        assert digest(png()) in await ask(system)
+        assert [len(server.requests) for server in (old_vision, new_vision)] == [1, 0]
+        new_vision.change(state=WORKER_STATE_READY)
+        new_language.change(state=WORKER_STATE_READY)
+        await system.until(lambda: addresses(known.workers) == [new_vision.address, new_language.address])
+        await ask(system, "blue")
+        assert [len(server.requests) for server in (old_vision, new_vision)] == [1, 1]
+        assert [len(server.requests) for server in (old_language, new_language)] == [1, 1]
+
+
+async def test_a_list_may_change_completely_without_a_gap():
+    async with running_system(num_vision=2, num_language=2) as system:
+        known = system.router.fleet
+        for vision, language in zip(system.visions * 10, system.languages * 10, strict=True):
+            known.set_vision([vision.address])
+            await ask(system)
+            known.set_language([language.address])
+            await ask(system)
+
+
+async def test_nobody_waits_for_ever_for_a_successor(monkeypatch, unused_tcp_port):
+    monkeypatch.setattr(fleet, "_STAND_IN_SECONDS", 0.05)
+    async with running_system() as system:
+        system.router.fleet.set_vision([f"127.0.0.1:{unused_tcp_port}"])
+        assert system.router.fleet.has_vision
+        await system.until(lambda: system.vision.address not in addresses(system.router.fleet.vision))
+        assert not system.router.fleet.has_vision
 
 
 async def test_a_server_that_comes_back_before_its_end_is_the_same_one(system):
