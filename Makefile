@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
 
-.PHONY: install protos check test demo bench soak clean
+.PHONY: install protos check test demo bench soak gpu-check clean
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ bench: $(STAMP)
 # Ten thousand random requests: every one must end, nothing may be left.
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks soak --results benchmarks/results
+
+# What only a GPU can show: exit status 1 where quantised weights compute something else than they should.
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks quantization --device cuda --results benchmarks/results
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,18 @@ from typing import Final
 from benchmarks.settings import require_extra
 from common.service.errors import DvdError
 
-BENCHMARKS: Final = ("cancel", "compare", "engine", "gpu_shapes", "latency", "overhead", "page", "soak")
+BENCHMARKS: Final = (
+    "cancel",
+    "compare",
+    "engine",
+    "gpu_parity",
+    "gpu_shapes",
+    "latency",
+    "overhead",
+    "page",
+    "quantization",
+    "soak",
+)
 """Modules of this package, each with a ``main(argv)``."""
 
 

@@ -25,6 +25,12 @@ _MAX_MODEL_LEN: Final = 4096
 _MAX_NUM_SEQS: Final = 64
 _STD: Final = 0.02
 _SEED: Final = 0
+_CONFIG: Final = EngineConfig(
+    max_model_len=_MAX_MODEL_LEN,
+    max_num_seqs=_MAX_NUM_SEQS,
+    max_num_batched_tokens=_MAX_MODEL_LEN,
+    enable_prefix_caching=False,  # every round has the same prompts
+)
 
 Prompts = Sequence[list[int]]
 
@@ -86,22 +92,33 @@ class OurEngine:
 
     name = "DvD"
 
-    def __init__(self, backbone: Any) -> None:
-        config = EngineConfig(
-            max_model_len=_MAX_MODEL_LEN,
-            max_num_seqs=_MAX_NUM_SEQS,
-            max_num_batched_tokens=_MAX_MODEL_LEN,
-            enable_prefix_caching=False,  # every round has the same prompts
-        )
+    def __init__(self, backbone: Any, config: EngineConfig = _CONFIG) -> None:
         self._vocab_size: int = backbone.vocab_size
-        self._engine = LanguageEngine(config, backbone, [], _NoImages())
+        started = time.perf_counter()
+        self._engine = LanguageEngine(config, backbone, [], NoImages())
         self._engine.warm_up()
-        tune_decode_threads(self._engine, tolerance=1.0)
+        self.start_seconds = time.perf_counter() - started
+        tune_decode_threads(self._engine, alone=1.0)
 
     def decode(self, batch: int, num_tokens: int) -> float:
         self._add(batch, PROMPT_TOKENS, num_tokens + 1)
         self._engine.step()
         return self._seconds_to_the_end()
+
+    def decode_steps(self, batch: int, num_tokens: int, prompt_tokens: int) -> list[float]:
+        """Seconds of each step in which all of ``batch`` sequences generate, at most ``num_tokens`` of them, behind
+        prompts of ``prompt_tokens``."""
+        self._add(batch, prompt_tokens, num_tokens + 1)
+        while self._engine.stats().num_step_decodes < batch:
+            self._engine.step()
+        seconds = []
+        while self._engine.has_work():
+            started = time.perf_counter()
+            self._engine.step()
+            took = time.perf_counter() - started
+            if self._engine.stats().num_step_decodes == batch:  # those that began first also end first
+                seconds.append(took)
+        return seconds
 
     def prefill(self, num_tokens: int) -> float:
         self._add(1, num_tokens, 1)
@@ -183,7 +200,7 @@ class _StepClock:
 
 
 @dataclass(frozen=True, slots=True)
-class _NoImages:
+class NoImages:
     """For text only."""
 
     def num_ready_tokens(self, request_id: bytes, image_index: int) -> int:
@@ -201,10 +218,17 @@ def _generation_config(num_tokens: int) -> GenerationConfig:
 
 def _random_model(values: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     config = AutoConfig.for_model(**values)
-    torch.manual_seed(_SEED)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    fill_randomly(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def fill_randomly(model: Any) -> None:
+    """Matrices where they lie, the same at every call; norms get ones, biases zeros."""
+    torch.manual_seed(_SEED)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=_STD)
-    return model.to(device).eval().requires_grad_(False)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-_PACKAGES = ("torch", "transformers", "grpcio", "pyzmq", "numpy", "pillow")
+_PACKAGES = ("torch", "triton", "transformers", "grpcio", "pyzmq", "numpy", "pillow")
 _CLIENT_PACKAGES = ("aiohttp", "uvloop", "msgspec")
 
 

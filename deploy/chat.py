@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.service.errors import DvdError
-from deploy.client import ChatClient, Message, user_message
+from deploy.client import ChatClient, Message, Thought, thinking_option, user_message
 from deploy.local import LocalDeployment
 from deploy.settings import ChatSettings, ServeSettings
 
@@ -69,13 +69,17 @@ class Chat:
         self.history += [question, {"role": "assistant", "content": answer}]
 
     def _stream(self, messages: list[Message]) -> str:
-        """Show the answer as it comes; Ctrl-C ends it and keeps what was said."""
+        """Show the answer as it comes, thoughts dim; Ctrl-C ends it and keeps what was said, not what was thought."""
         said = ""
+        is_thinking = False
         try:
             with contextlib.closing(self._client.stream(messages, **self._options)) as pieces:
                 for piece in pieces:
-                    said += piece
-                    self._console.out(piece, end="", highlight=False)
+                    if is_thinking and not isinstance(piece, Thought):
+                        self._console.print()
+                    is_thinking = isinstance(piece, Thought)
+                    said += "" if is_thinking else piece
+                    self._console.out(piece, end="", highlight=False, style="dim" if is_thinking else None)
         except KeyboardInterrupt:
             self._console.print(" [dim](stopped)[/]", end="")
         finally:
@@ -89,6 +93,7 @@ class Chat:
 def main(settings: ChatSettings) -> int:
     """``dvd chat``."""
     options = {name: getattr(settings, name) for name in ("max_tokens", "temperature")}
+    options |= thinking_option(True) if settings.thinking else {}
     with _address(settings) as url, ChatClient(url, settings.api_key.get_secret_value()) as client:
         console = Console(highlight=False)
         model = client.models()[0]  # also says early that nobody answers

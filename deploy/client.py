@@ -42,15 +42,23 @@ _BY_CODE: Final[Mapping[str, type[DvdError]]] = {kind.default_code: kind for kin
 Message = dict[str, Any]
 
 
+class Thought(str):
+    """A piece of an answer that is not part of its text: what the model thinks before it."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class Answer:
     """What one request was answered. Empty unless asked for: ``metrics`` from a server that runs with
-    ``--enable-per-request-metrics``, ``usage`` with ``stream_options={"include_usage": True}``."""
+    ``--enable-per-request-metrics``, ``usage`` with ``stream_options={"include_usage": True}``; ``reasoning`` from a
+    model that does not think first."""
 
     text: str = ""
     finish_reason: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
+    reasoning: str = ""
 
 
 class ChatClient:
@@ -106,7 +114,8 @@ class ChatClient:
             raise Unavailable("what answers there is no OpenAI-compatible server") from None
 
     def stream(self, messages: Sequence[Message], **options: Any) -> Generator[str]:
-        """Pieces of the answer as they arrive; afterwards ``last`` holds the whole. Close the iterator to cancel.
+        """Pieces of the answer as they arrive, those of its reasoning as ``Thought``; afterwards ``last`` holds the
+        whole. Close the iterator to cancel.
 
         Raises:
             InvalidRequest: the server refused the request.
@@ -123,9 +132,7 @@ class ChatClient:
         with _seam(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             _raise_for_status(response)
             for event in _events(response.iter_lines()):
-                text = _take(event, answer)
-                if text:
-                    yield text
+                yield from _take(event, answer)
 
 
 def user_message(text: str, images: Sequence[ImageSource] = ()) -> Message:
@@ -161,16 +168,24 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         yield event
 
 
-def _take(event: dict[str, Any], answer: Answer) -> str:
-    """Note what one chunk says; returns its text."""
+def _take(event: dict[str, Any], answer: Answer) -> list[str]:
+    """Note what one chunk says; returns its pieces."""
     answer.metrics = event.get("metrics") or answer.metrics
     answer.usage = event.get("usage") or answer.usage
     for choice in event.get("choices") or ():
         answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-        text = choice["delta"].get("content") or ""
+        delta = choice["delta"]
+        thought = Thought(delta.get("reasoning_content") or delta.get("reasoning") or "")
+        text = str(delta.get("content") or "")
+        answer.reasoning += thought
         answer.text += text
-        return str(text)
-    return ""
+        return [piece for piece in (thought, text) if piece]
+    return []
+
+
+def thinking_option(thinking: bool) -> dict[str, Any]:
+    """The field of a request that asks for thoughts before the answer, or for none."""
+    return {"chat_template_kwargs": {"enable_thinking": thinking}}
 
 
 def _raise_for_status(response: httpx.Response) -> None:

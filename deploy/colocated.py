@@ -20,6 +20,7 @@ from typing_extensions import Buffer
 
 from common.model import memory
 from common.model.checkpoint import Checkpoint
+from common.model.config import load_config
 from common.model.device import choose_device, choose_dtype
 from common.model.names import Role
 from common.service import announce, metrics
@@ -28,6 +29,7 @@ from common.service.program import Progress, run_program, run_worker
 from common.transport.base import FrameSink, receive_frame
 from common.transport.meter import ReceiveMeter, SendMeter
 from deploy.settings import ColocatedSettings
+from language_server.quantization import NOT_QUANTIZED, choose_quantization
 from language_server.server import LanguageServer
 from language_server.settings import LanguageSettings
 from protos.frame import FrameRejected
@@ -40,6 +42,7 @@ TRANSPORT: Final = "local"
 _CPU_TILES_PER_TURN: Final = 8
 """What the language side can prefill in its next turn: 2048 tokens. See docs/decisions.md for other sizes measured."""
 _NO_LIMIT: Final = 1e6
+_STRETCHES: Final = ("max_prefill_stretch", "max_text_prefill_stretch")
 _NOT_OURS: Final = {"announce": None, "metrics_listen": None}
 """One announcement and one page of metrics for both sides."""
 _DELIVERED: Final = frozenset({"ok", "duplicate"})
@@ -200,8 +203,13 @@ def _check_memory(settings: ColocatedSettings) -> None:
     sides: dict[Role, VisionSettings | LanguageSettings] = {"vision": settings.vision, "language": settings.language}
     needs = {}
     for role, side in sides.items():
-        dtype = choose_dtype(side.dtype, choose_device(side.device))
-        needs[f"{role} weights"] = memory.weight_bytes(Checkpoint.open(side.model), role, dtype)
+        checkpoint, device = Checkpoint.open(side.model), choose_device(side.device)
+        dtype = choose_dtype(side.dtype, device)
+        quantization = NOT_QUANTIZED
+        if isinstance(side, LanguageSettings):
+            config = load_config(side.model)
+            quantization = choose_quantization(side.quantization, checkpoint, config, dtype=dtype, device=device)
+        needs[f"{role} weights"] = memory.weight_bytes(checkpoint, role, dtype, quantization.num_bytes)
     memory.check_fits(TITLE, needs, choose_device(settings.language.device))
 
 
@@ -214,8 +222,8 @@ def _tuned_vision(settings: VisionSettings) -> VisionSettings:
 
 def _tuned_language(settings: LanguageSettings) -> LanguageSettings:
     """Small steps keep tokens even, but not where each one waits for a batch of tiles: take what is there at once."""
-    stretch = {} if "max_prefill_stretch" in settings.model_fields_set else {"max_prefill_stretch": _NO_LIMIT}
-    return settings.model_copy(update={**_NOT_OURS, **stretch})
+    stretches = {name: _NO_LIMIT for name in _STRETCHES if name not in settings.model_fields_set}
+    return settings.model_copy(update={**_NOT_OURS, **stretches})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from deploy.settings import DoctorSettings, model_directory
 
 if TYPE_CHECKING:
     from common.model.checkpoint import Checkpoint
+    from common.model.config import InternVLConfig
     from common.model.names import Role
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -37,8 +38,9 @@ _LOW_MEMORY_GIB: Final = 4
 _LOW_SHM_MIB: Final = 64  # what docker gives unless told otherwise
 _COLOURS: Final[dict[Verdict, str]] = {"ok": "green", "warn": "yellow", "fail": "red"}
 _OPTIONAL: Final = {
+    "bitsandbytes": "language weights in 8 bits",
     "flash_attn": "fast attention on CUDA",
-    "flashinfer": "paged attention on CUDA",
+    "triton": "paged attention on CUDA, comes with torch",
     "nixl": "RDMA between machines",
     "ray": "clusters",
 }
@@ -181,20 +183,23 @@ def check_model(model: str) -> Iterator[Finding]:
     text = config.text["model_type"]
     sizes = ", ".join(f"{role} {num_bytes[role] / 2**20:.1f} MiB" for role in ROLES)
     yield Finding("ok", "model", f"{config.layout} format, {text}, {len(checkpoint.entries)} tensors: {sizes}")
-    yield from _check_fit(checkpoint)
+    yield from _check_fit(checkpoint, config)
 
 
-def _check_fit(checkpoint: "Checkpoint") -> Iterator[Finding]:
+def _check_fit(checkpoint: "Checkpoint", config: "InternVLConfig") -> Iterator[Finding]:
     """Of each server by itself, as it would be refused when it starts; the other one may run elsewhere."""
     from common.model import memory
     from common.model.device import choose_device, choose_dtype
+    from language_server.quantization import choose_quantization
 
     device = choose_device("auto")
+    dtype = choose_dtype("auto", device)
     for role in ROLES:
-        weights = memory.weight_bytes(checkpoint, role, choose_dtype("auto", device))
         try:
+            quantization = choose_quantization("auto", checkpoint, config, dtype=dtype, device=device)
+            weights = memory.weight_bytes(checkpoint, role, dtype, quantization.num_bytes)
             memory.check_fits(f"{role} server", {"weights": weights}, device)
-        except ConfigError as error:
+        except (CheckpointError, ConfigError) as error:
             yield Finding("warn", "model", str(error))
 
 

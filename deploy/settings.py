@@ -156,9 +156,15 @@ class GenerateSettings(ServeSettings):
         " `prompt` and if need be `images`, `system`, `max_tokens`, ...; asked together, answered in order",
     )
     format: Literal["text", "json"] = Field(
-        "text", description="text as it comes, or one JSON object a prompt with text, finish_reason, usage, timing"
+        "text",
+        description="text as it comes, or one JSON object a prompt with text, reasoning, finish_reason, usage, timing",
     )
     system: str | None = Field(None, description="system message")
+    thinking: bool = Field(
+        False,
+        description="have the model think first; what it thinks goes to stderr for one PROMPT, with --json to"
+        " `reasoning`",
+    )
     max_tokens: int | None = Field(None, ge=1, description="longest answer in tokens; unset: what the context holds")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; unset: the model's value")
     top_p: float | None = Field(None, gt=0, le=1, description="share of probability to sample from")
@@ -205,6 +211,7 @@ class ChatSettings(Settings):
     url: str = Field("http://127.0.0.1:8000", description="server to ask")
     api_key: SecretStr = Field(SecretStr(""), description="bearer token of the server")
     system: str | None = Field(None, description="system message")
+    thinking: bool = Field(False, description="have the model think before each answer; shown dim")
     max_tokens: int | None = Field(None, ge=1, description="longest answer in tokens; unset: what the context holds")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; unset: the model's value")
 

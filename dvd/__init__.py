@@ -9,6 +9,7 @@ from common.service.errors import (
     StartupError,
     Unavailable,
 )
+from deploy.client import Thought
 from deploy.offline.batch import BatchError, BatchStream
 from deploy.offline.conversation import Conversation
 from deploy.offline.dvd import DvD
@@ -30,6 +31,7 @@ __all__ = [
     "Sampling",
     "StartupError",
     "Stream",
+    "Thought",
     "Timing",
     "Unavailable",
     "Usage",

@@ -15,11 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.model.checkpoint import Checkpoint, load_role
 from common.model.config import InternVLConfig
+from common.model.fp8 import SCALE_SUFFIX
 from common.service.errors import CheckpointError
-from language_server.attention import paged
+from language_server.attention import paged, triton_paged
 from language_server.attention.base import KVShape
 from language_server.attention.paged import ForwardContext
 from language_server.fused import can_fuse, fuse_layers
+from language_server.fused_cuda import fuse_layers_for_cuda
+from language_server.quantization import NOT_QUANTIZED, Quantization, is_quantized
 
 SUPPORTED_MODEL_TYPES = frozenset({"qwen2", "qwen3", "qwen3_moe", "gpt_oss", "internlm3"})
 
@@ -86,6 +89,7 @@ def load_backbone(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: Quantization = NOT_QUANTIZED,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageBackbone:
     """The language model of a checkpoint, on ``device``. Peak memory is the weights and one tensor.
@@ -93,35 +97,59 @@ def load_backbone(
     Raises:
         CheckpointError: an unsupported text config, or tensors that do not fit it.
     """
-    model = build_model(config.text, config.tie_word_embeddings, dtype=dtype, device=device)
-    load_role(checkpoint, config, "language", dict(model.named_parameters()), progress=progress)
+    model = build_model(
+        config.text,
+        config.tie_word_embeddings,
+        dtype=dtype,
+        device=device,
+        on_meta=lambda model: quantization.replace_linears(model, device),
+    )
+    sinks = quantization.sinks(model)
+    filled_by_sinks = {name + SCALE_SUFFIX for name in sinks}
+    parameters = {name: each for name, each in model.named_parameters() if name not in filled_by_sinks}
+    load_role(checkpoint, config, "language", parameters, sinks=sinks, progress=progress)
     return make_backbone(model)
 
 
 def make_backbone(model: Any) -> LanguageBackbone:
     """Of a filled model, which gives up its layers where there are quicker ones."""
-    # Measured on CPUs only. A GPU wants kernels and graphs instead.
-    if model.device.type == "cpu" and can_fuse(model.config):
-        fuse_layers(model)
+    if can_fuse(model.config) and not is_quantized(model):
+        if model.device.type == "cpu":
+            fuse_layers(model)
+        elif triton_paged.is_available():
+            fuse_layers_for_cuda(model)
     return LanguageBackbone(model)
 
 
 def build_model(
-    text_config: Mapping[str, Any], tie_word_embeddings: bool, *, dtype: torch.dtype, device: torch.device
+    text_config: Mapping[str, Any],
+    tie_word_embeddings: bool,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_meta: Callable[[Any], None] = lambda model: None,
 ) -> nn.Module:
-    """An unfilled ``*ForCausalLM`` for a text config as found on disk. Raises CheckpointError for a foreign one."""
+    """An unfilled ``*ForCausalLM`` for a text config as found on disk. Raises CheckpointError for a foreign one.
+
+    ``on_meta`` may replace or shrink parameters while they take no memory yet.
+    """
+    paged.register()
+    config = make_text_config(text_config, tie_word_embeddings)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=paged.NAME, dtype=dtype)
+    on_meta(model)
+    _materialise(model, device)
+    _restore_computed_buffers(model, device)
+    return model
+
+
+def make_text_config(text_config: Mapping[str, Any], tie_word_embeddings: bool) -> Any:
+    """transformers' config for a text config as found on disk. Raises CheckpointError for a foreign one."""
     model_type = text_config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise CheckpointError(f"config.json: text model_type {str(model_type)[:64]!r} is not supported")
     values = {key: value for key, value in text_config.items() if key not in _RUN_TIME_KEYS}
-    values["tie_word_embeddings"] = tie_word_embeddings
-    paged.register()
-    config = _make_config(model_type, values)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=paged.NAME, dtype=dtype)
-    _materialise(model, device)
-    _restore_computed_buffers(model, device)
-    return model
+    return _make_config(model_type, values | {"tie_word_embeddings": tie_word_embeddings})
 
 
 def _make_config(model_type: str, values: Mapping[str, Any]) -> Any:
@@ -138,6 +166,8 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
     real: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not parameter.is_meta:
+                continue
             if id(parameter) not in real:
                 real[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
             setattr(module, name, real[id(parameter)])

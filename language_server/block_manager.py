@@ -58,12 +58,14 @@ class BlockManager:
             if self._ref_counts[block] == 0:
                 self._free[block] = None
         sequence.block_table.clear()
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_committed_tokens = 0
 
     def discard(self, sequence: Sequence) -> None:
-        """Free a sequence whose KV must not be reused, because it holds something that is not a number."""
-        for block in sequence.block_table:
-            self._unregister(block)
+        """Free a sequence whose KV must not be reused, because it holds something that is not a number. What it has
+        offered is taken back even where preemption has taken the blocks themselves."""
+        for content in sequence.block_hashes:
+            if (block := self._block_of.get(content)) is not None:
+                self._unregister(block)
         self.free(sequence)
 
     def find_prefix(self, sequence: Sequence) -> list[int]:
@@ -84,15 +86,16 @@ class BlockManager:
                 del self._free[block]
             self._ref_counts[block] += 1
         sequence.block_table.extend(prefix)
-        sequence.num_computed_tokens = len(prefix) * self.block_size
+        sequence.num_computed_tokens = sequence.num_committed_tokens = len(prefix) * self.block_size
 
-    def commit(self, sequence: Sequence, num_computed_tokens: int) -> None:
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
         """Note that the KV of so many tokens has been written, and offer the blocks this filled to others."""
-        first = sequence.num_computed_tokens // self.block_size
-        sequence.num_computed_tokens = num_computed_tokens
+        first = sequence.num_committed_tokens // self.block_size
+        sequence.num_committed_tokens = num_tokens
+        sequence.num_computed_tokens = max(sequence.num_computed_tokens, num_tokens)
         if not self.enable_prefix_caching:
             return
-        for index in range(first, num_computed_tokens // self.block_size):
+        for index in range(first, num_tokens // self.block_size):
             self._register(sequence.block_table[index], self._block_hash(sequence, index))
 
     def _take(self) -> int:

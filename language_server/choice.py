@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from language_server.detokenizer import IncrementalDetokenizer
 from language_server.engine import StepOutput
+from language_server.reasoning import ReasoningSplitter
 from language_server.sequence import FinishReason, Sequence
 from language_server.tokenizer import Tokenizer
 from protos.language_pb2 import Token, TokenLogprob
@@ -17,16 +18,23 @@ class Choice:
     """Text and times of one sequence. Times are monotonic seconds, None until they have come."""
 
     def __init__(
-        self, index: int, sequence: Sequence, detokenizer: IncrementalDetokenizer, tokenizer: Tokenizer
+        self,
+        index: int,
+        sequence: Sequence,
+        detokenizer: IncrementalDetokenizer,
+        splitter: ReasoningSplitter,
+        tokenizer: Tokenizer,
     ) -> None:
         self.index = index
         self.sequence = sequence
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0  # tags included
         self.started: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.is_finished = False
         self._detokenizer = detokenizer
+        self._splitter = splitter
         self._tokenizer = tokenizer
 
     def replay(self, eos_token_ids: Collection[int]) -> FinishReason | None:
@@ -35,7 +43,10 @@ class Choice:
         for token_id in self.sequence.output_token_ids:
             self.num_tokens += 1
             is_eos = token_id in eos_token_ids and not sampling.ignore_eos
-            if is_eos or token_id in sampling.stop_token_ids or self._push(token_id)[1]:
+            if is_eos or token_id in sampling.stop_token_ids:
+                return "stop"
+            _, _, has_stopped = self._push(token_id)
+            if has_stopped:
                 return "stop"
         if constraint is not None and constraint.is_finished:
             return "stop"
@@ -49,19 +60,29 @@ class Choice:
         self.last_token = time.monotonic()
         self.first_token = self.first_token or self.last_token
         # The token that stops is no text.
-        text, has_stopped = ("", False) if output.finish_reason == "stop" else self._push(output.token_id)
-        token = Token(choice=self.index, token_id=output.token_id, text=text)
+        is_text = output.finish_reason != "stop"
+        reasoning, text, has_stopped = self._push(output.token_id) if is_text else ("", "", False)
+        token = Token(choice=self.index, token_id=output.token_id, text=text, reasoning=reasoning)
         if output.logprob is not None:
             token.logprob.CopyFrom(self._logprob(output.token_id, output.logprob))
             token.top_logprobs.extend(self._logprob(*pair) for pair in output.top_logprobs)
         return token, "stop" if has_stopped else output.finish_reason
 
-    def flush(self) -> str:
-        """Text that was held back, when no more tokens come."""
-        return self._detokenizer.flush()
+    def flush(self) -> tuple[str, str]:
+        """Reasoning and text that were held back, when no more tokens come."""
+        reasoning, text = self._splitter.push(self._detokenizer.flush())
+        last_reasoning, last_text = self._splitter.flush()
+        return reasoning + last_reasoning, text + last_text
 
-    def _push(self, token_id: int) -> tuple[str, bool]:
-        return self._detokenizer.push(token_id, may_stop=self.num_tokens > self.sequence.sampling.min_tokens)
+    def _push(self, token_id: int) -> tuple[str, str, bool]:
+        """Reasoning and text of a token, and whether a stop string was found; those count in both, as in vLLM."""
+        may_stop = self.num_tokens > self.sequence.sampling.min_tokens
+        piece, has_stopped = self._detokenizer.push(token_id, may_stop=may_stop)
+        was_thinking = self._splitter.is_thinking
+        reasoning, text = self._splitter.push(piece)
+        if was_thinking or self._splitter.is_thinking or reasoning:
+            self.num_reasoning_tokens = self.num_tokens
+        return reasoning, text, has_stopped
 
     def _logprob(self, token_id: int, logprob: float) -> TokenLogprob:
         token_bytes = self._tokenizer.token_bytes(token_id)

@@ -1,8 +1,9 @@
-"""How many CPU threads a step should use when all it does is generate.
+"""How many CPU threads a step should use when all it does is generate, to begin with (``decode_threads`` goes on).
 
 A small batch is soon computed, and threads that wait for one another cost more than they bring; beside a vision server
 they also keep it off its cores. So the fewest threads that are nearly as fast as the best number are taken, measured
-once at the start. Steps with prompts in them always use all threads.
+once at the start: one number for while a vision server works for us, one for the rest of the time. Steps with prompts
+in them use all threads, or beside a vision server what is measured likewise: for a small model that is one.
 """
 
 import time
@@ -11,12 +12,17 @@ from typing import Final
 
 import torch
 
+from language_server.decode_threads import DecodeThreads, fewest_good
 from language_server.engine import LanguageEngine
+from language_server.pace import MIN_IMAGE_PREFILL_TOKENS
 from language_server.sequence import SamplingParams, Sequence
 
 SHARED_CORES_TOLERANCE: Final = 1.5
 """Slower by this factor with half the threads is a good bargain where somebody else has use for the cores."""
+OWN_CORES_TOLERANCE: Final = 1.2
+"""A router and clients need some of them, too."""
 _NUM_SEQUENCES: Final = 4
+_PROMPT_TOKENS: Final = MIN_IMAGE_PREFILL_TOKENS
 _NUM_STEPS: Final = 6
 _MAX_SECONDS: Final = 0.5
 """For one number of threads; a large model gets fewer steps."""
@@ -24,33 +30,42 @@ _MAX_SECONDS: Final = 0.5
 
 def tune_decode_threads(
     engine: LanguageEngine,
-    tolerance: float = SHARED_CORES_TOLERANCE,
+    alone: float = OWN_CORES_TOLERANCE,
+    shared: float = SHARED_CORES_TOLERANCE,
     clock: Callable[[], float] = time.perf_counter,
-) -> None:
-    """Measure the engine, which must be idle, and tell it what is best. Does nothing on a GPU or a single thread.
+) -> DecodeThreads | None:
+    """Measure the engine, which must be idle, and tell it what is best alone. None on a GPU or a single thread.
 
-    ``tolerance``: how many times the best time a smaller number of threads may take; 1 where spare cores would idle.
+    ``alone``, ``shared``: how many times the best time a smaller number of threads may take; 1 where spare cores would
+    idle.
     """
     if engine.device.type != "cpu" or torch.get_num_threads() == 1:
-        return
+        return None
     seq_ids = _start_sequences(engine)
     try:
-        engine.decode_threads = fewest_good({n: _step_seconds(engine, n, clock) for n in _candidates()}, tolerance)
+        seconds = {n: _step_seconds(engine, n, clock) for n in _candidates()}
+        # A single place is taken by who generates.
+        may_mix = engine.config.max_num_seqs > 1
+        with_prompts = {n: _prompt_step_seconds(engine, n, seq_ids, clock) for n in _candidates() if may_mix}
     finally:
+        engine.prompt_threads = None
         for seq_id in seq_ids:
             engine.abort(seq_id)
-
-
-def fewest_good(seconds: dict[int, float], tolerance: float) -> int:
-    """The smallest number of threads whose time is within a tolerance of the best."""
-    best = min(seconds.values())
-    return min(num_threads for num_threads, time in seconds.items() if time <= tolerance * best)
+    threads = DecodeThreads(
+        list(seconds),
+        fewest_good(seconds, alone),
+        fewest_good(seconds, shared),
+        alone,
+        fewest_good(with_prompts, shared) if may_mix else None,
+    )
+    engine.decode_threads = threads.alone
+    return threads
 
 
 def _start_sequences(engine: LanguageEngine) -> list[int]:
-    """Sequences that generate for as long as we measure."""
+    """Sequences that generate for as long as we measure; they leave a place for prompts where there are several."""
     sampling = SamplingParams(max_tokens=engine.max_model_len, temperature=0.0, ignore_eos=True)
-    seq_ids = [-1 - index for index in range(min(_NUM_SEQUENCES, engine.config.max_num_seqs))]
+    seq_ids = [-1 - index for index in range(max(1, min(_NUM_SEQUENCES, engine.config.max_num_seqs - 1)))]
     for seq_id in seq_ids:
         engine.add(Sequence(seq_id=seq_id, request_id=b"", prompt_token_ids=[0], sampling=sampling))
     engine.step()
@@ -68,13 +83,34 @@ def _candidates() -> Iterator[int]:
 
 
 def _step_seconds(engine: LanguageEngine, num_threads: int, clock: Callable[[], float]) -> float:
-    """Of the quickest step: what else the machine does can only make one slower."""
     engine.decode_threads = num_threads
-    engine.step()
+    return _quickest(engine.step, clock)
+
+
+def _prompt_step_seconds(
+    engine: LanguageEngine, num_threads: int, seq_ids: list[int], clock: Callable[[], float]
+) -> float:
+    """With a prompt in each, whose number joins ``seq_ids``."""
+    engine.prompt_threads = num_threads
+    prompt = [0] * max(1, min(_PROMPT_TOKENS, engine.max_model_len - 1))
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+
+    def step() -> None:
+        seq_ids.append(seq_ids[-1] - 1)
+        # A scope of its own, or the prompt would be found in the prefix cache.
+        engine.add(Sequence(seq_ids[-1], b"", prompt, sampling, cache_scope=f"thread tuning {seq_ids[-1]}"))
+        engine.step()
+
+    return _quickest(step, clock)
+
+
+def _quickest(step: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Of some steps: what else the machine does can only make one slower."""
+    step()
     seconds: list[float] = []
     started = clock()
     while len(seconds) < _NUM_STEPS and clock() - started < _MAX_SECONDS:
         before = clock()
-        engine.step()
+        step()
         seconds.append(clock() - before)
     return min(seconds)

@@ -1,5 +1,8 @@
 """The language engine: schedule -> run -> process, one step at a time.
 
+Where the device computes by itself, the next step is launched before the tokens of this one are fetched, so that it
+never waits for the host.
+
 Synchronous and single-threaded: whoever owns it calls ``add``, ``abort`` and ``step`` from one thread. Knows nothing of
 text, of the wire or of time.
 """
@@ -8,6 +11,7 @@ import dataclasses
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -16,11 +20,17 @@ from language_server.attention import choose_backend
 from language_server.attention.base import KVCache
 from language_server.backbone import LanguageBackbone
 from language_server.block_manager import BlockManager
+from language_server.compiled_layers import compile_layers
+from language_server.cuda_graphs import Capture, CudaCapture
+from language_server.in_flight import InFlight, StepSizes, UnknownTokens
 from language_server.kv_memory import default_kv_bytes
 from language_server.model_runner import ImageEmbedsSource, ModelRunner, PreparedChunk
+from language_server.pace import NO_LIMITS, PrefillLimits
 from language_server.sampler import Sample, Sampler
 from language_server.scheduler import ScheduledChunk, Scheduler
-from language_server.sequence import FinishReason, SamplingParams, Sequence
+from language_server.sequence import FinishReason, SamplingParams, Sequence, SequenceStatus
+
+_WARM_UP: Final = "warm-up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,9 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     kv_memory_fraction: float = 0.85
     enable_prefix_caching: bool = True
+    use_cuda_graphs: bool = True  # on CUDA, where attention can be captured
+    compile_layers: bool = False
+    async_scheduling: bool | None = None  # launch a step while the one before runs; None: where graphs are replayed
 
     def __post_init__(self) -> None:
         for key in ("max_model_len", "max_num_seqs", "max_num_waiting"):
@@ -89,7 +102,9 @@ class LanguageEngine:
         backbone: LanguageBackbone,
         eos_token_ids: Collection[int],
         embeds: ImageEmbedsSource,
+        capture: Capture | None = None,
     ) -> None:
+        """``capture``: makes the graphs; by default those of CUDA, on CUDA."""
         self.config = config
         attention = choose_backend(backbone.device)
         block_size = config.block_size or attention.block_size
@@ -101,18 +116,33 @@ class LanguageEngine:
         self._scheduler = Scheduler(
             blocks, embeds, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
-        cache = KVCache(backbone.kv_shape, num_blocks, block_size, backbone.device)
+        if backbone.device.type == "cuda":
+            torch.cuda.set_device(backbone.device)  # of this thread: Triton and graphs go where it says
+            if config.use_cuda_graphs and attention.can_capture:
+                capture = capture or CudaCapture()
+        self._capture = capture
+        num_scratch_blocks = 0 if capture is None else 1
+        cache = KVCache(backbone.kv_shape, num_blocks + num_scratch_blocks, block_size, backbone.device)
+        if config.compile_layers:
+            compile_layers(backbone.model, cache)
         self._runner = ModelRunner(backbone, cache, attention, embeds)
         self._sampler = Sampler(eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
         self._already_finished: list[StepOutput] = []
-        self._num_step_tokens = 0
-        self._num_step_sequences = 0
-        self._num_step_decodes = 0
+        self._in_flight: InFlight | None = None  # launched ahead, by the step before
+        self._unfit: list[tuple[Sequence, DvdError]] = []  # found when their chunks were prepared
+        self._last_sizes = StepSizes()
 
     @property
     def device(self) -> torch.device:
         return self._runner.device
+
+    @property
+    def launches_ahead(self) -> bool:
+        """Whether the next step is launched while one runs. Without graphs the host takes as long as the device, and a
+        model that cannot be captured makes it wait in the middle of a step."""
+        is_async = self.config.async_scheduling
+        return self.device.type == "cuda" and self._runner.has_graphs if is_async is None else is_async
 
     @property
     def decode_threads(self) -> int | None:
@@ -122,6 +152,15 @@ class LanguageEngine:
     @decode_threads.setter
     def decode_threads(self, num_threads: int | None) -> None:
         self._runner.decode_threads = num_threads
+
+    @property
+    def prompt_threads(self) -> int | None:
+        """CPU threads of a step in which prompts run; None: all."""
+        return self._runner.prompt_threads
+
+    @prompt_threads.setter
+    def prompt_threads(self, num_threads: int | None) -> None:
+        self._runner.prompt_threads = num_threads
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -135,6 +174,7 @@ class LanguageEngine:
             raise Overloaded(f"{self.config.max_num_waiting} sequences are waiting already")
         if sequence.sampling.seed is None:
             sequence.set_seed(secrets.randbits(63))
+        sequence.max_num_tokens = min(sequence.max_num_tokens, self.max_model_len)
         if sequence.output_token_ids and (reason := self._finish_reason(sequence)):
             self._already_finished.append(StepOutput(sequence.seq_id, finish_reason=reason))
             return
@@ -143,39 +183,48 @@ class LanguageEngine:
 
     def abort(self, seq_id: int) -> None:
         """Forget a sequence and free what it holds. Nothing happens if it has ended already."""
-        sequence = self._sequences.pop(seq_id, None)
+        sequence = self._sequences.get(seq_id)
         if sequence is not None:
-            self._scheduler.remove(sequence)
+            self._leave(sequence)
 
     def has_work(self) -> bool:
         """Whether ``step`` could do something, now or once features have arrived."""
         return bool(self._sequences or self._already_finished)
 
-    def step(self, max_prefill_tokens: int | None = None) -> list[StepOutput]:
-        """Run one batch, with at most ``max_prefill_tokens`` prompt tokens beside sequences that generate.
+    def step(self, limits: PrefillLimits = NO_LIMITS) -> list[StepOutput]:
+        """Run one batch, within ``limits`` of prompt tokens beside sequences that generate. With asynchronous
+        scheduling the call before has launched it, and ``limits`` are those of the next, which this call launches.
 
         No outputs do not mean no progress: a long prompt takes several steps. ``EngineStats.num_step_tokens`` is 0 when
         every sequence waits for features.
         """
         outputs, self._already_finished = self._already_finished, []
-        batch = self._prepare(self._scheduler.schedule(max_prefill_tokens), outputs)
-        self._num_step_tokens = sum(prepared.chunk.num_tokens for prepared in batch)
-        self._num_step_sequences = len(batch)
-        self._num_step_decodes = sum(prepared.chunk.sequence.is_decoding for prepared in batch)
-        if batch:
-            logits = self._runner.run(batch)
-            self._process(batch, logits, outputs)
+        step = self._in_flight or self._launch(limits)
+        self._last_sizes = StepSizes() if step is None else step.sizes
+        if step is not None:
+            self._in_flight = self._launch_behind(step, limits) if self.launches_ahead else None
+            self._finish(step, outputs)
+        self._end_unfit(outputs)
         return outputs
 
     def warm_up(self) -> None:
-        """Prefill one token and generate another, so that the first request finds everything allocated and compiled."""
+        """Prefill one token and generate another, so that the first request finds everything allocated and compiled.
+        On CUDA also prefill as much as a step may hold, and capture the steps that generate."""
+        if self.device.type == "cuda":
+            self._warm_up_with(min(self.config.max_num_batched_tokens, self.max_model_len - 1))
+        if self._capture is not None:
+            self._runner.capture_graphs(self.config.max_num_seqs, self.max_model_len, self._capture)
+        self._warm_up_with(1)
+
+    def _warm_up_with(self, num_prompt_tokens: int) -> None:
         sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        self.add(Sequence(seq_id=-1, request_id=b"", prompt_token_ids=[0], sampling=sampling))
+        prompt = [0] * num_prompt_tokens
+        self.add(Sequence(seq_id=-1, request_id=b"", prompt_token_ids=prompt, sampling=sampling, cache_scope=_WARM_UP))
         while self.has_work():
             self.step()
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, sizes = self._scheduler, self._last_sizes
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
@@ -185,9 +234,9 @@ class LanguageEngine:
             num_prefix_queries=scheduler.num_prefix_queries,
             num_prefix_hits=scheduler.num_prefix_hits,
             num_preemptions=scheduler.num_preemptions,
-            num_step_tokens=self._num_step_tokens,
-            num_step_sequences=self._num_step_sequences,
-            num_step_decodes=self._num_step_decodes,
+            num_step_tokens=sizes.num_tokens,
+            num_step_sequences=sizes.num_sequences,
+            num_step_decodes=sizes.num_decodes,
         )
 
     def _num_kv_blocks(self, backbone: LanguageBackbone, block_size: int) -> int:
@@ -200,24 +249,57 @@ class LanguageEngine:
             raise ConfigError(f"{budget} bytes of KV memory hold no block of {block_size} tokens")
         return num_blocks
 
-    def _prepare(self, chunks: list[ScheduledChunk], outputs: list[StepOutput]) -> list[PreparedChunk]:
-        """Collect image rows, single tokens first. A sequence whose rows do not fit ends here, alone."""
+    def _launch_behind(self, step: InFlight, limits: PrefillLimits) -> InFlight | None:
+        """The step after ``step``, which still runs. None: there is nothing to run, or the host must know the tokens.
+
+        Sequences that turn out to have ended with ``step`` are computed once too often. Their blocks can be given to
+        others as soon as that is known, and so can those of sequences that are preempted while they run: the device
+        works in the order of the launches, so a new owner's KV is written behind the old one's, and it reads only what
+        it has written or what was committed. What ``step`` and this one still write for the old owner lies behind its
+        committed tokens, in no block that others may share.
+        """
+        if step.must_be_known:
+            return None
+        return self._launch(limits, step.add_unknown_tokens())
+
+    def _launch(self, limits: PrefillLimits, unknown: UnknownTokens | None = None) -> InFlight | None:
+        """Ask the device for a step; None when nothing can run. ``unknown``: tokens of the step before."""
+        batch = self._prepare(self._scheduler.schedule(limits))
+        if not batch:
+            return None
+        chunks = [prepared.chunk for prepared in batch]
+        sampled = [chunk.sequence for chunk in chunks if chunk.is_sampled]
+        sizes = StepSizes.of(chunks)
+        logits = self._runner.run(batch, unknown)
+        choice = self._sampler.choose(logits, sampled) if sampled else None
+        for chunk in chunks:
+            chunk.sequence.num_computed_tokens = chunk.end
+        return InFlight(chunks, [chunk.sequence.num_preemptions for chunk in chunks], choice, sizes)
+
+    def _prepare(self, chunks: list[ScheduledChunk]) -> list[PreparedChunk]:
+        """Collect image rows, single tokens first. A sequence whose rows do not fit is left out."""
         batch = []
         for chunk in sorted(chunks, key=lambda chunk: chunk.num_tokens > 1):
             try:
                 batch.append(self._runner.prepare(chunk))
             except DvdError as error:
-                outputs.append(self._fail(chunk.sequence, error))
+                self._unfit.append((chunk.sequence, error))
         return batch
 
-    def _process(self, batch: list[PreparedChunk], logits: torch.Tensor, outputs: list[StepOutput]) -> None:
-        """Note what was computed, choose the next tokens, end the sequences that are done."""
-        sampled = [prepared.chunk.sequence for prepared in batch if prepared.chunk.is_sampled]
-        for prepared in batch:
-            self._scheduler.blocks.commit(prepared.chunk.sequence, prepared.chunk.end)
-        samples = self._sampler.sample(logits, sampled) if sampled else []
-        for sequence, sample in zip(sampled, samples, strict=True):
+    def _finish(self, step: InFlight, outputs: list[StepOutput]) -> None:
+        """Note what was computed, take the tokens, end the sequences that are done."""
+        samples = step.fetch()
+        for chunk in step.written:
+            self._scheduler.blocks.commit(chunk.sequence, chunk.end)
+        for sequence, sample in samples:
             outputs += self._advance(sequence, sample)
+
+    def _end_unfit(self, outputs: list[StepOutput]) -> None:
+        """Each alone, behind the last token it got."""
+        unfit, self._unfit = self._unfit, []
+        for sequence, error in unfit:
+            if sequence.status is not SequenceStatus.FINISHED:
+                outputs.append(self._fail(sequence, error))
 
     def _advance(self, sequence: Sequence, sample: Sample | DvdError) -> list[StepOutput]:
         if isinstance(sample, DvdError):
@@ -246,12 +328,10 @@ class LanguageEngine:
         return last in sampling.stop_token_ids or (last in self._eos_token_ids and not ignores_eos)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        sampling, constraint = sequence.sampling, sequence.constraint
+        constraint = sequence.constraint
         if self._is_stop_token(sequence) or (constraint is not None and constraint.is_finished):
             return "stop"
-        if len(sequence.output_token_ids) >= sampling.max_tokens or sequence.num_tokens >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if sequence.is_full else None
 
     def _fail(self, sequence: Sequence, error: DvdError) -> StepOutput:
         self._end(sequence, None)
@@ -259,8 +339,14 @@ class LanguageEngine:
 
     def _end(self, sequence: Sequence, reason: FinishReason | None) -> None:
         sequence.finish_reason = reason
+        self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
         del self._sequences[sequence.seq_id]
+        sequence.drop_unknown_token()
         self._scheduler.remove(sequence)
+        if not self._sequences:
+            self._in_flight = None  # nobody wants to hear of it
 
 
 def _check(sequence: Sequence, max_model_len: int, vocab_size: int) -> None:

@@ -16,6 +16,7 @@ from typing import Final, Protocol, TypeVar
 
 from common.service import metrics
 from common.service.errors import DvdError, Overloaded, Unavailable
+from language_server.decode_threads import DecodeThreads
 from language_server.engine import EngineStats, LanguageEngine, StepOutput
 from language_server.pace import PrefillPace
 from language_server.sequence import Sequence, SequenceStatus
@@ -53,7 +54,8 @@ class EngineThread:
         max_num_live: sequences inside at once, waiting or running; this bounds every queue here.
         on_progress: called from the thread after every step, and twice a second while it has nothing to do.
         turn: entered for each step, before its sequences are chosen: whoever shares the device may be using it.
-        max_prefill_stretch: how many times as long a step may take because prompts run beside sequences that generate.
+        pace: how long prompts may make a step beside sequences that generate.
+        is_awaiting_features: whether a vision server works for us, on cores that may be ours.
     """
 
     def __init__(
@@ -62,12 +64,15 @@ class EngineThread:
         *,
         on_progress: Callable[[], None] = lambda: None,
         turn: AbstractContextManager[None] | None = None,
-        max_prefill_stretch: float = 1.5,
+        pace: PrefillPace | None = None,
+        is_awaiting_features: Callable[[], bool] = lambda: False,
     ) -> None:
         self._max_num_live = max_num_live
         self._on_progress = on_progress
         self._turn = turn or nullcontext()
-        self._pace = PrefillPace(max_prefill_stretch)
+        self._pace = pace or PrefillPace()
+        self._is_awaiting_features = is_awaiting_features
+        self._decode_threads: DecodeThreads | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._sinks: dict[int, SequenceSink] = {}
         self._wake = threading.Condition()  # guards the five fields below
@@ -88,9 +93,10 @@ class EngineThread:
         """Run something in the thread before ``start``: loading, warm-up."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
-    def start(self, engine: LanguageEngine) -> None:
+    def start(self, engine: LanguageEngine, decode_threads: DecodeThreads | None = None) -> None:
         """Begin to step. ``ended`` finishes with the thread: with an exception unless ``stop`` was called."""
         self._engine = engine
+        self._decode_threads = decode_threads
         self.stats = engine.stats()
         self._loop = asyncio.get_running_loop()
         self.ended = self._loop.run_in_executor(self._executor, self._run)
@@ -184,11 +190,18 @@ class EngineThread:
         while self._wait_for_work():
             with self._turn:
                 self._take_commands()
+                self._choose_threads()
                 started = time.monotonic()
-                outputs = self._engine.step(self._pace.max_prefill_tokens)
+                outputs = self._engine.step(self._pace.limits)
                 ended = time.monotonic()
             self._publish(started, ended, outputs)
             self._on_progress()
+
+    def _choose_threads(self) -> None:
+        if self._decode_threads is not None and self.stats is not None:
+            is_shared = self._is_awaiting_features()
+            self._engine.decode_threads = self._decode_threads.of_step(self.stats.num_step_decodes, is_shared)
+            self._engine.prompt_threads = self._decode_threads.of_prompts(is_shared)
 
     def _wait_for_work(self) -> bool:
         """False when the thread is to stop."""
@@ -228,7 +241,7 @@ class EngineThread:
     def _publish(self, when: float, ended: float, outputs: list[StepOutput]) -> None:
         """Send what a step brought to the event loop. It ran from ``when`` to ``ended``, monotonic seconds."""
         self.stats = stats = self._engine.stats()
-        self._pace.observe(stats.num_step_decodes, stats.num_step_tokens - stats.num_step_decodes, ended - when)
+        self._learn(stats, ended - when)
         self._count(stats)
         self.num_tokens += sum(output.token_id is not None for output in outputs)
         has_moved = bool(outputs) or stats.num_step_tokens > 0
@@ -246,6 +259,15 @@ class EngineThread:
         for seq_id, _ in started:
             del self._unstarted[seq_id]
         self._loop.call_soon_threadsafe(self._deliver, started, outputs)
+
+    def _learn(self, stats: EngineStats, seconds: float) -> None:
+        num_prefill_tokens = stats.num_step_tokens - stats.num_step_decodes
+        self._pace.observe(stats.num_step_decodes, num_prefill_tokens, seconds)
+        num_threads = self._engine.decode_threads
+        if self._decode_threads is None or num_threads is None or self._is_awaiting_features():
+            return
+        if stats.num_step_decodes and not num_prefill_tokens:
+            self._decode_threads.observe(stats.num_step_decodes, num_threads, seconds)
 
     def _count(self, stats: EngineStats) -> None:
         if stats.num_step_tokens:

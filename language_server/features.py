@@ -126,6 +126,7 @@ class FeatureStore:
         self._resident: OrderedDict[ImageKey, FeatureImage] = OrderedDict()
         self.reserved_bytes = 0  # of images in use
         self.cached_bytes = 0  # of images kept for reuse only
+        self.num_awaited = 0  # images in use that are not complete: vision servers work for us
 
     # --- reservations (event loop)
 
@@ -256,12 +257,16 @@ class FeatureStore:
             self.reserved_bytes += image.num_bytes
             if image.is_complete:
                 self.cached_bytes -= image.num_bytes
+            else:
+                self.num_awaited += 1
 
     def _drop_user(self, image: FeatureImage) -> None:
         image.num_users -= 1
         if image.num_users:
             return
         self.reserved_bytes -= image.num_bytes
+        if not image.is_complete:
+            self.num_awaited -= 1
         if self._resident.get(image.key) is image:
             self.cached_bytes += image.num_bytes
 
@@ -366,6 +371,7 @@ class FeatureStore:
     def _settle(self, image: FeatureImage) -> None:
         """A complete image takes its true size and can serve other requests."""
         image.pending.clear()
+        self.num_awaited -= 1
         true_bytes = image.num_ready_tokens * self._layout.row_bytes
         self.reserved_bytes -= image.num_bytes - true_bytes
         image.num_bytes = true_bytes

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from collections.abc import Sequence as Items
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from common.service import metrics
@@ -24,6 +25,7 @@ from language_server.feature_image import ImageKey
 from language_server.features import FeatureStore, Lease
 from language_server.grammar import GrammarCompiler, GrammarState
 from language_server.prompt import Prompt, PromptBuilder
+from language_server.reasoning import ReasoningSplitter
 from language_server.request import check_request, for_each_choice, sampling_params
 from language_server.sequence import FinishReason, SamplingParams, Sequence
 from language_server.tokenizer import Tokenizer
@@ -58,6 +60,7 @@ class Backend:
     deliver_to: Items[Endpoint]
     feature_dtype: FeatureDtype
     is_flash: bool
+    has_priorities: bool  # else all requests have the same
     eos_token_ids: frozenset[int]
     vocab_size: int
     max_model_len: int  # tokens
@@ -133,11 +136,10 @@ class Generation:
 
     async def _tokenise(self) -> Prompt:
         messages, num_images = self._request.messages, len(self._request.images)
-        build = self._backend.prompts.build
+        build = partial(self._backend.prompts.build, messages, num_images, thinking=self._request.thinking)
         if sum(len(part.text) for message in messages for part in message.parts) < _INLINE_CHARS:
-            return build(messages, num_images)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._backend.tokenising, build, messages, num_images)
+            return build()
+        return await asyncio.get_running_loop().run_in_executor(self._backend.tokenising, build)
 
     async def _compile_grammar(self) -> GrammarState | None:
         """Where the reply's grammar begins, or goes on where a lost server left it; None: free text."""
@@ -201,6 +203,7 @@ class Generation:
                 output_token_ids=list(request.output_token_ids),
                 cache_scope=request.cache_scope,
                 constraint=self._grammar.copy() if self._grammar is not None else None,
+                priority=request.priority if backend.has_priorities else 0,
             )
             detokenizer = IncrementalDetokenizer(
                 backend.tokenizer,
@@ -208,7 +211,8 @@ class Generation:
                 list(request.sampling.stop),
                 backend.prompts.hidden_header,
             )
-            self._choices[sequence.seq_id] = Choice(index, sequence, detokenizer, backend.tokenizer)
+            splitter = ReasoningSplitter(request.sampling.separate_reasoning)
+            self._choices[sequence.seq_id] = Choice(index, sequence, detokenizer, splitter, backend.tokenizer)
         return list(self._choices.values())
 
     def _start(self) -> None:
@@ -275,9 +279,11 @@ class Generation:
 
     def _finish(self, choice: Choice, finish_reason: FinishReason) -> GenerateEvent:
         choice.is_finished = True
+        reasoning, text = choice.flush()
         usage = Usage(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=choice.num_tokens,
+            reasoning_tokens=choice.num_reasoning_tokens,
             cached_tokens=choice.sequence.num_cached_tokens,
             image_tokens=self._num_image_tokens,
         )
@@ -285,7 +291,8 @@ class Generation:
             finished=Finished(
                 choice=choice.index,
                 finish_reason=finish_reason,
-                text=choice.flush(),
+                reasoning=reasoning,
+                text=text,
                 usage=usage,
                 timings=self._timings(choice),
             )

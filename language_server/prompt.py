@@ -20,6 +20,19 @@ IMAGE_CONTEXT: Final = "<IMG_CONTEXT>"
 
 ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
 
+THINKING_MESSAGE: Final = """\
+You are an AI assistant that rigorously follows this response protocol:
+
+1. First, conduct a detailed analysis of the question. Consider different angles, potential solutions, and reason \
+through the problem step-by-step. Enclose this entire thinking process within <think> and </think> tags.
+
+2. After the thinking section, provide a clear, concise, and direct answer to the user's question. Separate the answer \
+from the think section with a newline.
+
+Ensure that the thinking process is thorough but remains focused on the query. The final answer should be standalone \
+and not reference the thinking section."""
+"""The system message with which released models think first (INTERNVL.md section 5.2)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Special:
@@ -42,6 +55,11 @@ class Template(Protocol):
     """A chat format (INTERNVL.md section 5.1)."""
 
     @property
+    def thinks_in_tags(self) -> bool:
+        """Whether a reply that thinks does so as ``THINKING_MESSAGE`` asks, in text that begins with ``<think>``."""
+        ...
+
+    @property
     def hidden_header(self) -> tuple[tuple[str, ...], str] | None:
         """Special tokens that open, and the one that closes, a header in the reply that is no text."""
         ...
@@ -59,6 +77,7 @@ class Template(Protocol):
 class InternVL25Template:
     """``internvl2_5``: every message ends with ``<|im_end|>`` and a newline."""
 
+    thinks_in_tags = True
     hidden_header = None
     reply_header = ()
 
@@ -76,6 +95,7 @@ class InternVL25Template:
 class GptOssTemplate:
     """``internvl3_5_gpt_oss``: the reply names its channel first."""
 
+    thinks_in_tags = False  # but in a channel of its own
     hidden_header = (("<|start|>", "<|channel|>"), "<|message|>")
     reply_header = (Special("<|channel|>"), "final", Special("<|message|>"))
 
@@ -172,17 +192,24 @@ class PromptBuilder:
         token_id, parts = self._tokenizer.token_id, self._template.reply_header
         return tuple(token_id(part.text) if isinstance(part, Special) else part for part in parts)
 
-    def build(self, messages: Sequence[ChatMessage], num_images: int) -> Prompt:
+    def build(self, messages: Sequence[ChatMessage], num_images: int, *, thinking: bool = False) -> Prompt:
         """Tokenise a conversation in which each of ``num_images`` images has exactly one place.
 
+        Args:
+            thinking: the system message asks for thoughts first; a client's own follows in the same turn.
+
         Raises:
-            InvalidRequest: no messages, an unknown role, an image outside a user message, or images and places that
-                do not match.
+            InvalidRequest: no messages, an unknown role, an image outside a user message, images and places that do
+                not match, or thoughts of a chat format that has none in its text.
         """
         _check(messages, num_images)
+        if thinking and not self._template.thinks_in_tags:
+            message = "thinking is not supported with the chat format of this model"
+            raise InvalidRequest(message, code="unsupported_parameter", param="chat_template_kwargs.enable_thinking")
         runs: list[list[int] | int] = [list(self._tokenizer.prefix_ids)]
         text = ""
-        for segment in self._template.render(self._with_system_message(messages)):
+        opened = _with_thinking_message(messages) if thinking else self._with_system_message(messages)
+        for segment in self._template.render(opened):
             if isinstance(segment, str):
                 text += segment
                 continue
@@ -202,6 +229,13 @@ class PromptBuilder:
             return messages
         system = ChatMessage(role="system", parts=[{"text": self._system_message}])
         return [system, *messages]
+
+
+def _with_thinking_message(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+    first, *others = messages
+    if first.role != "system":
+        return [ChatMessage(role="system", parts=[{"text": THINKING_MESSAGE}]), *messages]
+    return [ChatMessage(role="system", parts=[{"text": f"{THINKING_MESSAGE}\n\n"}, *first.parts]), *others]
 
 
 def _extend(runs: list[list[int] | int], ids: list[int]) -> None:

@@ -9,7 +9,7 @@ Each feature costs time only in steps in which a sequence asks for it.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -19,9 +19,11 @@ import torch
 
 from common.service.errors import DvdError, InternalError
 from language_server.sequence import Constraint, SamplingParams, Sequence
+from language_server.transfer import to_device, to_host
 
 _NUM_CANDIDATES = 1024  # a full sort of a large vocabulary is slow on a CPU, and hardly ever needed
 _NEGATIVE_INFINITY = float("-inf")
+_NOT_A_NUMBER = -1  # in place of a token id
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +42,39 @@ def uniform(seed: int, position: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tokens of a step, on their way to the host."""
+
+    sequences: Items[Sequence]
+    token_ids: torch.Tensor  # [num_sequences] int64 on the device; where logits were not numbers, any token
+    _host_ids: torch.Tensor  # the same with ``_NOT_A_NUMBER``, on the host as soon as this has happened:
+    _arrival: torch.cuda.Event | None
+    _logprobs: Mapping[int, torch.Tensor]  # [vocab_size], by row
+    _errors: Mapping[int, DvdError]  # of constraints, by row
+
+    def fetch(self) -> list[Sample | DvdError]:
+        """One for each sequence; an error where logits were not numbers, or where a constraint cannot go on."""
+        if self._arrival is not None:
+            self._arrival.synchronize()  # the one moment in a step in which the host waits for the device
+        samples: list[Sample | DvdError] = [
+            _not_a_number()
+            if token_id == _NOT_A_NUMBER
+            else _result(token_id, sequence.sampling, self._logprobs.get(row))
+            for row, (token_id, sequence) in enumerate(zip(self._host_ids.tolist(), self.sequences, strict=True))
+        ]
+        return [self._errors.get(row, sample) for row, sample in enumerate(samples)] if self._errors else samples
+
+
 class Sampler:
     def __init__(self, eos_token_ids: Collection[int]) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[Sample | DvdError]:
+    def choose(self, logits: torch.Tensor, sequences: Items[Sequence]) -> Choice:
         """``logits`` [len(sequences), vocab_size] float32, changed in place.
 
-        An error where they are not numbers, or where a constraint cannot go on.
+        Does not wait for the device, unless a sequence ``needs_known_tokens``.
         """
         is_valid = logits.amax(dim=-1).isfinite()
         logprobs = _raw_logprobs(logits, sequences)
@@ -57,16 +83,11 @@ class Sampler:
         token_ids = logits.argmax(dim=-1)
         random_rows = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         if random_rows:
-            rows = torch.tensor(random_rows, device=logits.device)
+            rows = to_device(random_rows, logits.device)
             chosen = _sample_random(logits.index_select(0, rows), [sequences[row] for row in random_rows])
             token_ids.index_copy_(0, rows, chosen)
-        samples: list[Sample | DvdError] = [
-            _result(token_id, sequence.sampling, logprobs.get(row)) if valid else _not_a_number()
-            for row, (token_id, sequence, valid) in enumerate(
-                zip(token_ids.tolist(), sequences, is_valid.tolist(), strict=True)
-            )
-        ]
-        return [errors.get(row, sample) for row, sample in enumerate(samples)] if errors else samples
+        host_ids, arrival = to_host(torch.where(is_valid, token_ids, _NOT_A_NUMBER))
+        return Choice(sequences, token_ids, host_ids, arrival, logprobs, errors)
 
     def _adjust(self, logits: torch.Tensor, sequences: Items[Sequence]) -> None:
         """Bias, penalties and forbidden stops, in the rows that have them."""
@@ -75,11 +96,11 @@ class Sampler:
             if sampling.has_penalties:
                 _penalise(logits[row], sequence)
             if sampling.logit_bias:
-                ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-                logits[row, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+                ids = to_device(list(sampling.logit_bias), logits.device)
+                logits[row, ids] += to_device(list(sampling.logit_bias.values()), logits.device, logits.dtype)
             if sequence.constraint is None and len(sequence.output_token_ids) < sampling.min_tokens:
                 stops = sorted(self._eos_token_ids | sampling.stop_token_ids)
-                logits[row, torch.tensor(stops, dtype=torch.int64, device=logits.device)] = _NEGATIVE_INFINITY
+                logits[row, to_device(stops, logits.device)] = _NEGATIVE_INFINITY
 
     def _constrain(self, logits: torch.Tensor, sequences: Items[Sequence]) -> dict[int, DvdError]:
         """Forbid what constraints do not allow. Returns the rows whose constraint cannot say."""
@@ -93,7 +114,7 @@ class Sampler:
             except DvdError as error:
                 errors[row] = error
         if masks:
-            rows = torch.tensor(list(masks), device=logits.device)
+            rows = to_device(list(masks), logits.device)
             bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
             allowed = _unpack(bits)[:, : logits.shape[-1]]
             logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~allowed, _NEGATIVE_INFINITY))
@@ -125,14 +146,14 @@ def _penalise(logits: torch.Tensor, sequence: Sequence) -> None:
     """One row [vocab_size]. Repetition counts prompt and output (arXiv 1909.05858), the others output only."""
     sampling = sequence.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+        seen = to_device(sorted(set(sequence.token_ids)), logits.device)
         values = logits[seen]
         penalty = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if sequence.output_token_ids and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = Counter(sequence.output_token_ids)
-        ids = torch.tensor(list(counts), device=logits.device)
-        frequency = torch.tensor(list(counts.values()), device=logits.device) * sampling.frequency_penalty
+        ids = to_device(list(counts), logits.device)
+        frequency = to_device(list(counts.values()), logits.device) * sampling.frequency_penalty
         logits[ids] -= sampling.presence_penalty + frequency
 
 
@@ -147,7 +168,7 @@ def _sample_random(logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Te
         logits = _keep_top(logits, [sampling.top_k for sampling in params], [sampling.top_p for sampling in params])
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     draws = [uniform(sequence.sampling.seed or 0, len(sequence.output_token_ids)) for sequence in sequences]
-    targets = torch.tensor(draws, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulative[:, -1:]
+    targets = to_device(draws, logits.device, torch.float64).unsqueeze(1) * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the target: it has a probability above zero.
     chosen = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
     return chosen.clamp_(max=logits.shape[-1] - 1)  # rows that are not numbers end beyond
@@ -160,7 +181,9 @@ def _keep_top(logits: torch.Tensor, top_k: list[int], top_p: list[float]) -> tor
     goals = _column([p if p < 1 else math.inf for p in top_p], logits)
     num_candidates = min(vocab_size, max(_NUM_CANDIDATES, *top_k))
     lowest, is_enough = _lowest_kept(logits, limits, goals, num_candidates)
-    if num_candidates < vocab_size and not is_enough.all():
+    # A limit is known to the host; whether a goal without one is reached, only to the device.
+    may_need_more = num_candidates < vocab_size and any(p < 1 and k == 0 for k, p in zip(top_k, top_p, strict=True))
+    if may_need_more and not is_enough.all():
         lowest, _ = _lowest_kept(logits, limits, goals, vocab_size)
     keeps_all = (limits == vocab_size) & goals.isinf()
     return logits.masked_fill((logits < lowest) & ~keeps_all, _NEGATIVE_INFINITY)
@@ -187,7 +210,7 @@ def _lowest_kept(
 
 def _column(values: Items[float], like: torch.Tensor) -> torch.Tensor:
     """[num_rows, 1]"""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+    return to_device(values, like.device, like.dtype).unsqueeze(1)
 
 
 def _raw_logprobs(logits: torch.Tensor, sequences: Items[Sequence]) -> dict[int, torch.Tensor]:

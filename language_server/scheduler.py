@@ -3,19 +3,20 @@
 Continuous batching under one token budget. Sequences that generate go first; what is left of the budget, or less where
 they would wait too long for the step's end, goes to prompts in chunks. Text-only sequences and sequences with images
 take turns at being first, so neither can starve the other. A prompt is prefilled only up to its first image row that
-has not arrived.
+has not arrived. Among sequences of a kind those of a smaller ``priority`` are served first, then those that came first.
 
-When blocks run out, a generating sequence takes them from sequences that wait for features, then from those admitted
-after it; the victim forgets its KV and is prefilled again later. The oldest sequence that can run always proceeds.
+When blocks run out, a generating sequence takes them from sequences that wait for features, then from those behind it
+in line; the victim forgets its KV and is prefilled again later. The first in line that can run always proceeds.
 
 Pure Python: no tensors, no clock, no I/O. Deterministic.
 """
 
-from collections import deque
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from language_server.block_manager import BlockManager
+from language_server.pace import NO_LIMITS, PrefillLimits
 from language_server.sequence import Sequence, SequenceStatus
 
 
@@ -48,14 +49,28 @@ class _Plan:
     """One step while it is being put together."""
 
     budget: int  # tokens
+    image_budget: int | None = None  # of prompts with images; None: all of it
     chunks: list[ScheduledChunk] = field(default_factory=list)
     seq_ids: set[int] = field(default_factory=set)
+
+    def limit_prompts(self, limits: PrefillLimits) -> None:
+        if limits.text_tokens is not None:
+            self.budget = min(self.budget, limits.text_tokens)
+        self.image_budget = limits.image_tokens
+
+    def room(self, sequence: Sequence) -> int:
+        """For tokens of a prompt."""
+        if not sequence.has_images or self.image_budget is None:
+            return self.budget
+        return max(0, min(self.budget, self.image_budget))
 
     def add(self, sequence: Sequence, end: int) -> None:
         chunk = ScheduledChunk(sequence, sequence.num_computed_tokens, end)
         self.chunks.append(chunk)
         self.seq_ids.add(sequence.seq_id)
         self.budget -= chunk.num_tokens
+        if self.image_budget is not None:
+            self.image_budget -= chunk.num_tokens
 
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.seq_id in self.seq_ids
@@ -64,8 +79,8 @@ class _Plan:
 class Scheduler:
     """Sequences enter by ``add`` and leave by ``remove``; between them ``schedule`` moves them.
 
-    ``running`` is in order of admission. ``max_num_batched_tokens >= max_num_seqs``, so every sequence that generates
-    fits into every step.
+    ``running`` is in order of priority, then of admission. ``max_num_batched_tokens >= max_num_seqs``, so every
+    sequence that generates fits into every step.
     """
 
     def __init__(
@@ -80,7 +95,7 @@ class Scheduler:
         self._readiness = readiness
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._waiting: dict[bool, deque[Sequence]] = {False: deque(), True: deque()}  # by has_images
+        self._waiting: dict[bool, list[Sequence]] = {False: [], True: []}  # by has_images; in order of service
         self._images_first = False
 
     @property
@@ -97,7 +112,7 @@ class Scheduler:
         return bool(self.running) or self.num_waiting > 0
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting[sequence.has_images].append(sequence)
+        _insert_last(self._waiting[sequence.has_images], sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, finished or given up, and free its blocks."""
@@ -106,31 +121,31 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         self.blocks.free(sequence)
 
-    def schedule(self, max_prefill_tokens: int | None = None) -> list[ScheduledChunk]:
+    def schedule(self, limits: PrefillLimits = NO_LIMITS) -> list[ScheduledChunk]:
         """The next step; empty when every sequence waits for features, or there is none.
 
-        ``max_prefill_tokens`` bounds the prompt tokens of a step in which sequences generate, who wait for its end.
+        ``limits`` bound the prompt tokens of a step in which sequences generate, who wait for its end.
         """
-        plan = self._make_plan(max_prefill_tokens, admit=True)
+        plan = self._make_plan(limits, admit=True)
         while not plan.chunks and self._break_deadlock():
             # The freed blocks are for those that run already.
-            plan = self._make_plan(max_prefill_tokens, admit=False)
+            plan = self._make_plan(limits, admit=False)
         return plan.chunks
 
-    def _make_plan(self, max_prefill_tokens: int | None, *, admit: bool) -> _Plan:
+    def _make_plan(self, limits: PrefillLimits, *, admit: bool) -> _Plan:
         plan = _Plan(self._max_num_batched_tokens)
         self._images_first = not self._images_first
         self._schedule_decodes(plan)
-        if plan.chunks and max_prefill_tokens is not None:
-            plan.budget = min(plan.budget, max_prefill_tokens)
+        if plan.chunks:
+            plan.limit_prompts(limits)
         for has_images in (self._images_first, not self._images_first):
-            self._schedule_prefills(plan, has_images)
-            if admit:
-                self._admit(plan, has_images)
+            self._schedule_prompts(plan, has_images, admit)
         return plan
 
     def ready_end(self, sequence: Sequence, num_computed_tokens: int) -> int:
-        """Position of the first token at or after ``num_computed_tokens`` that cannot run yet."""
+        """Position of the first token at or after ``num_computed_tokens`` that cannot run yet, or never will."""
+        if sequence.is_full:
+            return num_computed_tokens
         for span in sequence.image_spans:
             if span.end > num_computed_tokens:
                 num_ready = self._readiness.num_ready_tokens(sequence.request_id, span.image_index)
@@ -143,16 +158,24 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and self._secure_block(sequence, plan):
                 plan.add(sequence, sequence.num_tokens)
 
-    def _schedule_prefills(self, plan: _Plan, has_images: bool) -> None:
-        for sequence in self.running:
-            if sequence.has_images is has_images and not sequence.is_decoding and sequence not in plan:
+    def _schedule_prompts(self, plan: _Plan, has_images: bool, admit: bool) -> None:
+        """Those that have begun first, unless what waits is more urgent."""
+        waiting = self._waiting[has_images]
+        prompts = [s for s in self.running if s.has_images is has_images and not s.is_decoding and s not in plan]
+        num_first = bisect_right(prompts, waiting[0].priority, key=_priority) if admit and waiting else len(prompts)
+        for sequence in prompts[:num_first]:
+            self._prefill(sequence, plan)
+        if admit:
+            self._admit(plan, has_images)
+        for sequence in prompts[num_first:]:
+            if sequence.status is SequenceStatus.RUNNING:  # not preempted by what was admitted
                 self._prefill(sequence, plan)
 
     def _prefill(self, sequence: Sequence, plan: _Plan) -> bool:
         """Schedule as much of the prompt as is ready, within the budget and the free blocks."""
         start = sequence.num_computed_tokens
         room = (len(sequence.block_table) + self.blocks.num_free_blocks) * self.blocks.block_size
-        end = min(self.ready_end(sequence, start), start + plan.budget, room)
+        end = min(self.ready_end(sequence, start), start + plan.room(sequence), room)
         if end <= start:
             return False
         self.blocks.allocate(sequence, end)
@@ -160,10 +183,10 @@ class Scheduler:
         return True
 
     def _admit(self, plan: _Plan, has_images: bool) -> None:
-        """Start waiting sequences in order of arrival; one that has nothing to run yet lets others pass."""
+        """Start waiting sequences in order; one that has nothing to run yet lets others pass."""
         queue = self._waiting[has_images]
         for sequence in list(queue):
-            if plan.budget == 0 or len(self.running) >= self._max_num_seqs:
+            if plan.room(sequence) == 0 or len(self.running) >= self._max_num_seqs:
                 return
             prefix = self.blocks.find_prefix(sequence)
             if not self._may_start(sequence, len(prefix) * self.blocks.block_size):
@@ -179,7 +202,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, num_cached_tokens: int) -> None:
         sequence.status = SequenceStatus.RUNNING
-        self.running.append(sequence)
+        _insert_last(self.running, sequence)
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = num_cached_tokens
             self.num_prefix_queries += sequence.num_tokens
@@ -204,7 +227,7 @@ class Scheduler:
             self.blocks.enable_prefix_caching
             and num_cached_tokens < num_shareable
             and any(
-                other.request_id == sequence.request_id and other.num_computed_tokens < num_shareable
+                other.request_id == sequence.request_id and other.num_committed_tokens < num_shareable
                 for other in self.running
             )
         )
@@ -246,8 +269,22 @@ class Scheduler:
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting[sequence.has_images].appendleft(sequence)
+        _insert_first(self._waiting[sequence.has_images], sequence)
 
     def _is_stalled(self, sequence: Sequence) -> bool:
         start = sequence.num_computed_tokens
         return start < sequence.num_tokens and self.ready_end(sequence, start) <= start
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.priority
+
+
+def _insert_last(line: list[Sequence], sequence: Sequence) -> None:
+    """Behind those of the same priority."""
+    line.insert(bisect_right(line, sequence.priority, key=_priority), sequence)
+
+
+def _insert_first(line: list[Sequence], sequence: Sequence) -> None:
+    """Before those of the same priority."""
+    line.insert(bisect_left(line, sequence.priority, key=_priority), sequence)

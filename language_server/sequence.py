@@ -8,7 +8,10 @@ import enum
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
+
+UNKNOWN_TOKEN: Final = -1
+"""In place of a token that the device has chosen and the host does not know yet."""
 
 FinishReason = Literal["stop", "length"]
 
@@ -39,6 +42,11 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def may_keep_any_number(self) -> bool:
+        """Nobody can say beforehand how many tokens ``top_p`` keeps."""
+        return self.top_p < 1.0 and self.top_k == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ class Sequence:
 
     ``output_token_ids`` given at construction were already sent by another server: they count as outputs, so sampling
     goes on at the position where that server stopped; a ``constraint`` has consumed them already. ``cache_scope`` seeds
-    the prefix hash: sequences of different scopes never share blocks.
+    the prefix hash: sequences of different scopes never share blocks. A smaller ``priority`` is served first.
     """
 
     seq_id: int
@@ -98,19 +106,23 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     cache_scope: str = ""
     constraint: Constraint | None = None
+    priority: int = 0
 
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
-    num_computed_tokens: int = field(default=0, init=False)  # KV of the first so many tokens is in the cache
+    num_computed_tokens: int = field(default=0, init=False)  # KV of the first so many tokens is, or is being, computed
+    num_committed_tokens: int = field(default=0, init=False)  # of these, those that others may share
     num_cached_tokens: int = field(default=0, init=False)  # of these, reused from other sequences at first admission
     num_preemptions: int = field(default=0, init=False)
     block_table: list[int] = field(default_factory=list, init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)  # of full blocks, as far as computed
     token_ids: list[int] = field(init=False)  # prompt and output
+    max_num_tokens: int = field(init=False)  # prompt and output; the engine may lower it
 
     def __post_init__(self) -> None:
         self.output_token_ids = list(self.output_token_ids)
         self.token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+        self.max_num_tokens = len(self.prompt_token_ids) + self.sampling.max_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -127,16 +139,46 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Only the token generated last is missing from the cache."""
-        return self.num_pending_tokens == 1 and len(self.token_ids) > len(self.prompt_token_ids)
+        """Only the token generated last is missing from the cache, and another may follow it."""
+        num_tokens = len(self.token_ids)
+        is_generated = len(self.prompt_token_ids) < num_tokens < self.max_num_tokens
+        return is_generated and num_tokens - self.num_computed_tokens == 1
+
+    @property
+    def is_full(self) -> bool:
+        """No token may follow the last one, so that one never runs."""
+        return len(self.token_ids) >= self.max_num_tokens
+
+    @property
+    def has_unknown_token(self) -> bool:
+        """Whether the last token is there, but not its id."""
+        return self.token_ids[-1] == UNKNOWN_TOKEN
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether the next token cannot be chosen by the device alone, before the host knows the last one."""
+        sampling = self.sampling
+        return (
+            self.constraint is not None
+            or sampling.has_penalties
+            or sampling.may_keep_any_number
+            or sampling.logprobs is not None
+        )
 
     @property
     def has_images(self) -> bool:
         return bool(self.image_spans)
 
     def append(self, token_id: int) -> None:
+        """Add a token, or say which one the unknown token is."""
+        self.drop_unknown_token()
         self.output_token_ids.append(token_id)
         self.token_ids.append(token_id)
+
+    def drop_unknown_token(self) -> None:
+        """If there is one."""
+        if self.has_unknown_token:
+            del self.output_token_ids[-1], self.token_ids[-1]
 
     def set_seed(self, seed: int) -> None:
         """Fix the seed of a sequence that came without one."""

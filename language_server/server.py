@@ -29,16 +29,20 @@ from common.service.status import StatusBoard
 from common.transport.base import FeatureReceiver
 from common.transport.listen import PRIVATE_DIRECTORY
 from common.transport.select import make_receiver
-from language_server.backbone import load_backbone
-from language_server.cpu_threads import SHARED_CORES_TOLERANCE, tune_decode_threads
+from language_server.backbone import LanguageBackbone, load_backbone
+from language_server.cpu_threads import OWN_CORES_TOLERANCE, SHARED_CORES_TOLERANCE, tune_decode_threads
 from language_server.engine import EngineConfig, EngineStats, LanguageEngine
 from language_server.engine_thread import EngineThread
 from language_server.feature_image import FeatureLayout
 from language_server.features import FeatureStore
 from language_server.generation import Backend, Generation
 from language_server.grammar import GrammarCompiler
+from language_server.pace import PrefillPace
 from language_server.prompt import PromptBuilder
+from language_server.quantization import Quantization, choose_quantization
 from language_server.settings import LanguageSettings
+from language_server.tensor_parallel.leader import TensorParallelBackbone, load_tensor_parallel, rank_devices
+from language_server.tensor_parallel.plan import check_size
 from language_server.token_rate import TokenRate
 from language_server.tokenizer import Tokenizer
 from protos import frame, language_pb2_grpc
@@ -135,11 +139,17 @@ class LanguageServer:
     ) -> None:
         self.settings = settings
         self.config = load_config(settings.model)
-        self.device = choose_device(settings.device)
+        self._devices = rank_devices(choose_device(settings.device), settings.tensor_parallel_size)
+        self.device = self._devices[0]
         self.dtype = choose_dtype(settings.dtype, self.device)
         self.max_model_len = _max_model_len(settings, self.config)
         self._checkpoint = Checkpoint.open(settings.model)
-        _check_memory(settings, memory.weight_bytes(self._checkpoint, "language", self.dtype), self.device)
+        self.quantization = choose_quantization(
+            settings.quantization, self._checkpoint, self.config, dtype=self.dtype, device=self.device
+        )
+        weights = memory.weight_bytes(self._checkpoint, "language", self.dtype, self.quantization.num_bytes)
+        _check_division(settings, self.config, self.quantization)
+        _check_memory(settings, weights, self.device)
         self._fingerprint = self._checkpoint.fingerprint(self.config)
         self._tokenizer = Tokenizer.load(settings.model)
         self._prompts = PromptBuilder(self._tokenizer, self.config.template, self.config.system_message)
@@ -150,11 +160,13 @@ class LanguageServer:
         )
         max_num_live = settings.max_num_seqs + settings.max_num_waiting
         self._token_rate = TokenRate()
+        self._takes_turns = turn is not None
         self.engine = EngineThread(
             max_num_live,
-            on_progress=self.board.bump,
+            on_progress=self._beat,
             turn=turn,
-            max_prefill_stretch=settings.max_prefill_stretch,
+            pace=PrefillPace(settings.max_prefill_stretch, settings.max_text_prefill_stretch),
+            is_awaiting_features=lambda: self.features.num_awaited > 0,
         )
         self.features = FeatureStore(self._feature_layout(), settings.feature_bytes, on_ready=self.engine.wake)
         self._receivers = _make_receivers(settings) if receivers is None else receivers
@@ -166,8 +178,9 @@ class LanguageServer:
         # Apart from the former: some grammars take seconds, and nobody else's text may wait for them.
         self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="compile")
         # Whoever takes turns with us leaves its cores idle during ours.
-        self._threads_tolerance = SHARED_CORES_TOLERANCE if turn is None else 1.0
+        self._tolerances = (OWN_CORES_TOLERANCE, SHARED_CORES_TOLERANCE) if turn is None else (1.0, 1.0)
         self._is_load_aborted = threading.Event()
+        self._ranks: TensorParallelBackbone | None = None
         self._deliver_to: list[Endpoint] = []
         self.address = ""
 
@@ -197,10 +210,10 @@ class LanguageServer:
             engine = await self.engine.call(lambda: self._make_engine(watched))
             loaded = time.monotonic()
             await self.engine.call(engine.warm_up)
-        await self.engine.call(lambda: tune_decode_threads(engine, self._threads_tolerance))
+        decode_threads = await self.engine.call(lambda: tune_decode_threads(engine, *self._tolerances))
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
-        self.engine.start(engine)
+        self.engine.start(engine, decode_threads)
         # Before the first request that needs it: meanwhile all others would stand still.
         grammars = await asyncio.get_running_loop().run_in_executor(self._compiling, self._make_grammars)
         self._servicer.backend = self._make_backend(self._deliver_to, engine.max_model_len, grammars)
@@ -226,9 +239,11 @@ class LanguageServer:
     def ready_line(self) -> str:
         stats = self.engine.stats
         num_blocks = 0 if stats is None else stats.num_total_blocks
+        ranks = f" x{len(self._devices)}" if len(self._devices) > 1 else ""
         return (
-            f"language server ready at {self.address} model {self.settings.model_name} device {self.device}"
-            f" dtype {str(self.dtype).removeprefix('torch.')} context {self._model_info.max_model_len}"
+            f"language server ready at {self.address} model {self.settings.model_name} device {self.device}{ranks}"
+            f" dtype {str(self.dtype).removeprefix('torch.')} quantization {self.quantization}"
+            f" context {self._model_info.max_model_len}"
             f" KV blocks {num_blocks}"
         )
 
@@ -251,12 +266,44 @@ class LanguageServer:
         for receiver in self._receivers:
             await receiver.close()
         has_ended = await self.engine.stop(_STOP_SECONDS)
+        if self._ranks is not None:
+            await asyncio.to_thread(self._ranks.close)
         self._tokenising.shutdown(wait=False)
         self._compiling.shutdown(wait=False, cancel_futures=True)
         return has_ended
 
+    def _load_backbone(self, progress: Progress) -> LanguageBackbone:
+        settings = self.settings
+        if settings.tensor_parallel_size == 1:
+            return load_backbone(
+                self._checkpoint,
+                self.config,
+                dtype=self.dtype,
+                device=self.device,
+                quantization=self.quantization,
+                progress=progress,
+            )
+        self._ranks = load_tensor_parallel(
+            self._checkpoint,
+            self.config,
+            self._devices,
+            dtype=self.dtype,
+            timeout=settings.tensor_parallel_timeout,
+            kv_memory_fraction=settings.kv_memory_fraction,
+            threads=settings.threads,
+            log_level=settings.log_level,
+            progress=progress,
+        )
+        return self._ranks
+
+    def _beat(self) -> None:
+        """From the engine's thread, after each step and twice a second without one: alive, and so are all ranks."""
+        if self._ranks is not None:
+            self._ranks.check()
+        self.board.bump()
+
     def _make_engine(self, progress: Progress) -> LanguageEngine:
-        backbone = load_backbone(self._checkpoint, self.config, dtype=self.dtype, device=self.device, progress=progress)
+        backbone = self._load_backbone(progress)
         settings = self.settings
         config = EngineConfig(
             max_num_seqs=settings.max_num_seqs,
@@ -265,8 +312,14 @@ class LanguageServer:
             # The thread's own limit counts the running ones too, and refuses before anything is spent.
             max_num_waiting=settings.max_num_seqs + settings.max_num_waiting,
             block_size=settings.block_size,
-            kv_cache_bytes=settings.kv_cache_bytes,
+            kv_cache_bytes=settings.kv_cache_bytes or (None if self._ranks is None else self._ranks.kv_bytes),
             kv_memory_fraction=settings.kv_memory_fraction,
+            use_cuda_graphs=settings.cuda_graphs
+            and settings.tensor_parallel_size == 1
+            and self.quantization.is_capturable,
+            compile_layers=settings.compile,
+            # Who takes turns leaves nothing running behind its own.
+            async_scheduling=None if settings.async_scheduling and not self._takes_turns else False,
         )
         return LanguageEngine(config, backbone, eos_token_ids=self._eos_token_ids, embeds=self.features)
 
@@ -286,6 +339,7 @@ class LanguageServer:
             deliver_to=deliver_to,
             feature_dtype=FEATURE_DTYPE_FLOAT32 if self.dtype == torch.float32 else FEATURE_DTYPE_BFLOAT16,
             is_flash=self.config.flash is not None,
+            has_priorities=self.settings.scheduling_policy == "priority",
             eos_token_ids=self._eos_token_ids,
             vocab_size=self.config.vocab_size,
             max_model_len=max_model_len,
@@ -352,9 +406,28 @@ class LanguageServer:
         )
 
 
+def _check_division(settings: LanguageSettings, config: InternVLConfig, quantization: Quantization) -> None:
+    """Whether the model can be held by several ranks."""
+    if settings.tensor_parallel_size == 1:
+        return
+    check_size(config.text, settings.tensor_parallel_size)
+    if settings.compile:
+        raise ConfigError("--compile: layers of several ranks are not compiled; --tensor-parallel-size must be 1")
+    if quantization.method != "none" or quantization.fp8_on_disk:
+        raise ConfigError(
+            f"--tensor-parallel-size {settings.tensor_parallel_size}: weights in 8 bits ({quantization}) cannot be"
+            " divided; allowed: 1, or a BF16 checkpoint with --quantization none"
+        )
+
+
 def _check_memory(settings: LanguageSettings, weights: int, device: torch.device) -> None:
     """KV and feature memory that nobody asked for take what is left. Features lie in host memory on every device."""
-    kv = {"weights": weights, "--kv-cache-bytes": settings.kv_cache_bytes or 0}
+    kv_bytes, num_ranks = settings.kv_cache_bytes or 0, settings.tensor_parallel_size
+    if device.type == "cuda":
+        weights //= num_ranks
+    else:  # which all ranks share
+        kv_bytes *= num_ranks
+    kv = {"weights": weights, "--kv-cache-bytes": kv_bytes}
     features = {"--feature-bytes": settings.feature_bytes if "feature_bytes" in settings.model_fields_set else 0}
     if device.type == "cuda":
         memory.check_fits(_TITLE, kv, device)

@@ -95,7 +95,7 @@ class RequestRecord:
         return time.monotonic() - self.received_at
 
     def usage(self) -> dict[str, Any]:
-        """The ``usage`` object: final once all choices have ended, running before."""
+        """The ``usage`` object: final once all choices have ended, running before; reasoning is counted at the end."""
         done = [finished.usage for finished in self.finished.values()]
         completion_tokens = sum(usage.completion_tokens for usage in done)
         if not done or self.stage != "done":
@@ -109,6 +109,7 @@ class RequestRecord:
                 "cached_tokens": max((usage.cached_tokens for usage in done), default=0),
                 "multimodal_tokens": {"image": max((usage.image_tokens for usage in done), default=0)},
             },
+            "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning_tokens for usage in done)},
         }
 
     def metrics_block(self) -> dict[str, Any]:

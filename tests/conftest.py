@@ -1,4 +1,5 @@
-"""Tests start many processes on few cores: one thread each, and no OpenMP thread that waits by spinning.
+"""Tests start many processes on few cores: one thread each, and no OpenMP thread that waits by spinning. GPU kernels
+run in Triton's interpreter.
 
 ``make test`` runs two tests at a time, as most of them wait for processes that start: module by module, so that what a
 module shares is started once, and the modules that take longest first.
@@ -13,6 +14,7 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
@@ -29,7 +31,7 @@ SLOWEST: Final = (
     "tests/router/",
 )
 """In this order; the rest is quick."""
-OF_THEIR_OWN: Final = ("test_node_groups", "test_parity", "test_start_up_errors")
+OF_THEIR_OWN: Final = ("test_node_groups", "test_parity", "test_start_up_errors", "test_tensor_parallel")
 """Modules of ``end_to_end`` that start their own systems; the others share one."""
 
 

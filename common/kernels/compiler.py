@@ -37,12 +37,15 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     return compiled
 
 
-def share_threads(num_elements: int) -> None:
-    """Give the kernels that this thread calls next as many threads as torch has, or one where there is little to do."""
+def share_threads(num_elements: int) -> int:
+    """Give the kernels that this thread calls next as many threads as torch has, or one where there is little to do.
+    Returns how many."""
     if not _IS_PARALLEL:
-        return
+        return 1
     is_worth_it = num_elements >= _MIN_PARALLEL_WORK
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if is_worth_it else 1)
+    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if is_worth_it else 1
+    numba.set_num_threads(num_threads)
+    return num_threads
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

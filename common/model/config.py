@@ -42,6 +42,7 @@ _TEXT_ARCHITECTURES: Final[Mapping[str, str]] = {
 }
 _IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+_QUANTIZATION: Final = "quantization_config"
 _HEAD_NAMES: Final = ("lm_head.weight", "language_model.lm_head.weight")
 
 CONFIG_FILES: Final = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -94,8 +95,8 @@ class InternVLConfig:
     """All that both servers must agree on.
 
     ``text`` is the language model's configuration as it is on disk, always with a ``model_type`` that transformers
-    knows. ``select_layer`` indexes the ViT's hidden states, -1 is the last. ``system_message`` is what a conversation
-    without one starts with; None: nothing.
+    knows, and with the checkpoint's ``quantization_config`` where there is one. ``select_layer`` indexes the ViT's
+    hidden states, -1 is the last. ``system_message`` is what a conversation without one starts with; None: nothing.
     """
 
     layout: Layout
@@ -126,6 +127,15 @@ class InternVLConfig:
     @property
     def vocab_size(self) -> int:
         return int(self.text["vocab_size"])
+
+    @property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns of an FP8 weight that share a scale, in a checkpoint that says how it has such weights."""
+        quantization = self.text.get(_QUANTIZATION)
+        if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "fp8":
+            return None
+        rows, columns = quantization["weight_block_size"]
+        return rows, columns
 
     @property
     def max_model_len(self) -> int:
@@ -160,7 +170,7 @@ def load_config(path: Path) -> InternVLConfig:
 
 def _github_config(path: Path, top: Section) -> InternVLConfig:
     vision = _github_vision(top.section("vision_config"))
-    text = _text_config(top.section("llm_config"))
+    text = _text_config(top, "llm_config")
     processor = read_section(path, "preprocessor_config.json") or Section("preprocessor_config.json", "", {})
     template = top.choice("template", tuple(SYSTEM_MESSAGES))
     return InternVLConfig(
@@ -191,7 +201,7 @@ def _github_config(path: Path, top: Section) -> InternVLConfig:
 
 def _hf_config(path: Path, top: Section) -> InternVLConfig:
     vision = _hf_vision(top.section("vision_config"))
-    text = _text_config(top.section("text_config"))
+    text = _text_config(top, "text_config")
     processor = _hf_image_processor(path)
     top.choice("vision_feature_select_strategy", ("default",), "default")
     return InternVLConfig(
@@ -269,7 +279,8 @@ def _side(section: Section, key: str, default: int) -> int:
     return section.positive(key, int, default)
 
 
-def _text_config(section: Section) -> dict[str, Any]:
+def _text_config(top: Section, key: str) -> dict[str, Any]:
+    section = top.section(key)
     text = dict(section.values)
     if not section.has("model_type"):
         architecture = next(iter(section.get("architectures", list, [])), "")
@@ -280,7 +291,22 @@ def _text_config(section: Section) -> dict[str, Any]:
         section.choice("model_type", TEXT_MODEL_TYPES)
     for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
         section.positive(key, int)
+    for declared in (top, section):
+        if isinstance(declared.values.get(_QUANTIZATION), dict):
+            _check_fp8(declared.section(_QUANTIZATION))
+            text[_QUANTIZATION] = declared.values[_QUANTIZATION]
+            break
     return text
+
+
+def _check_fp8(section: Section) -> None:
+    """Of FP8 weights only: what else a config names may be how somebody once ran the model. Tensors do not lie."""
+    if section.values.get("quant_method") != "fp8":
+        return
+    block = section.get("weight_block_size", list)
+    if len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
+        raise section.error("weight_block_size", f"expected rows and columns of a block, found {str(block)[:64]}")
+    section.choice("activation_scheme", ("dynamic",), "dynamic")
 
 
 def _tiling(

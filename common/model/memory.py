@@ -1,20 +1,21 @@
 """Whether a model fits where it is to run, found out before a byte of its weights is read.
 
-Counts only what is certain: weights in the dtype of computation, and memory that the operator asked for. What passes
+Counts only what is certain: weights as they will be held, and memory that the operator asked for. What passes
 may still run out of memory; ``explained`` tells that in the same words. Knows nothing of layers or caches.
 """
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import Checkpoint, are_scales
 from common.model.names import Role, is_unused, locate
+from common.model.shards import TensorEntry
 from common.service.errors import ConfigError
 
 _GB: Final = 1e9
@@ -25,11 +26,25 @@ _MEMINFO: Final = Path("/proc/meminfo")
 _CPU_OUT_OF_MEMORY: Final = "can't allocate memory"
 
 
-def weight_bytes(checkpoint: Checkpoint, role: Role, dtype: torch.dtype) -> int:
-    """Bytes that the weights of ``role`` take in ``dtype``, from the headers alone."""
-    located = ((*locate(entry.name), entry) for entry in checkpoint.entries.values())
-    shapes = [entry.shape for its_role, name, _, entry in located if its_role == role and not is_unused(name, ())]
-    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+def weight_bytes(
+    checkpoint: Checkpoint,
+    role: Role,
+    dtype: torch.dtype,
+    quantized_bytes: Callable[[str, TensorEntry], int | None] = lambda name, entry: None,
+) -> int:
+    """Bytes that the weights of ``role`` take in memory, from the headers alone.
+
+    Args:
+        dtype: of all of them but the quantised ones.
+        quantized_bytes: of a parameter that is held in eight bits, its scales included; None for one that is not.
+    """
+    total = 0
+    for entry in checkpoint.entries.values():
+        its_role, name, _ = locate(entry.name)
+        if its_role == role and not is_unused(name, ()) and not are_scales(entry, checkpoint.entries):
+            quantized = quantized_bytes(name, entry)
+            total += math.prod(entry.shape) * dtype.itemsize if quantized is None else quantized
+    return total
 
 
 def check_fits(title: str, needs: Mapping[str, int], device: torch.device) -> None:

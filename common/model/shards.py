@@ -31,7 +31,10 @@ _LENGTH_BYTES: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor on disk: ``num_bytes`` at ``offset`` from the start of ``shard``; ``dtype`` as safetensors spells it."""
+    """A tensor on disk: ``num_bytes`` at ``offset`` from the start of ``shard``; ``dtype`` as safetensors spells it.
+
+    Of a tensor that was cut (cuts.py) they are runs of ``run_bytes``, each ``pitch_bytes`` behind the one before.
+    """
 
     name: str
     shard: str
@@ -39,6 +42,8 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    run_bytes: int | None = None  # None: all in one piece
+    pitch_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from typing import Any, Final
 from common.service import log as logs
 from common.service import metrics
 from common.service.errors import InvalidRequest
+from common.service.parent import die_with
 from deploy.cluster.controller import Controller
 from deploy.cluster.ground import RayGround
 from deploy.cluster.listener import Listener
 from deploy.cluster.spec import ClusterSpec
 from deploy.cluster.tiers import Tier
-from deploy.launch import die_with
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     "model": "model",
     "served_model_name": "served_model_name",
     "transports": "transports",
+    "tensor_parallel_size": "language.tensor_parallel_size",
     "api_key": "api_keys",
     "host": "routers.host",
     "port": "routers.port",
 }
-_DECIDED: Final = (PLACED | {"metrics_listen", "host", "port", "api_key", "transports"}) - {"nice"}
+_DECIDED: Final = (PLACED | {"metrics_listen", *_ELSEWHERE}) - {"nice"}
 # Stands for what a program requires and placement will fill in.
 _FILLED_IN: Final[Mapping[Tier, Mapping[str, Any]]] = {
     "vision": {"model": "/"},

@@ -19,13 +19,13 @@ import yaml
 
 from common.service.announce import Announcement
 from common.service.errors import StartupError
+from common.service.parent import die_with
 from common.service.program import EXIT_STARTUP
 from deploy.cluster.keeper import ANNOUNCE_FILE, LOG_FILE, OPTIONS_FILE, Order
 from deploy.cluster.ledger import Member
 from deploy.cluster.rundir import cluster_directory, make_private, remove
 from deploy.cluster.spec import ClusterSpec
 from deploy.cluster.tiers import Tier
-from deploy.launch import die_with
 from deploy.settings import model_directory
 
 _MODULES: Final[Mapping[Tier, str]] = {"vision": "vision_server", "language": "language_server", "router": "router"}

@@ -114,13 +114,13 @@ class VisionGroup(_ScaledGroup):
 class LanguageGroup(_ScaledGroup):
     """Language servers. With tensor parallelism one server takes that many shares of its node."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
 
     @field_validator("tensor_parallel_size")
     @classmethod
-    def _check_size(cls, size: int) -> int:
-        if size > 1:
-            raise ValueError("a language server of this version runs on one device; say 1, and more replicas")
+    def _check_size(cls, size: int, info: ValidationInfo) -> int:
+        if size > 1 and info.data.get("gpus", 0) not in (0, 1):
+            raise ValueError("each rank has a GPU of its own: say gpus: 1, or 0 for ranks on CPUs")
         return size
 
     @property
@@ -242,6 +242,8 @@ class ClusterSpec(_Part):
             options["served_model_name"] = self.model_names
             options["api_key"] = [key.get_secret_value() for key in self.api_keys]
             return options
+        if tier == "language":
+            options["tensor_parallel_size"] = self.language.tensor_parallel_size
         return options | {"served_model_name": self.model_names[0], "transports": list(self.transports)}
 
     def _with_keys_of_file(self, directory: Path) -> Self:

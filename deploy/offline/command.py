@@ -6,10 +6,14 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, cast
 
+from rich.console import Console
+
 from common.service.errors import ConfigError, DvdError, InvalidRequest, to_http
+from deploy.client import Thought
 from deploy.images import is_url
 from deploy.offline.batch import BatchError, BatchStream, Outcome
 from deploy.offline.dvd import DvD
@@ -19,7 +23,7 @@ from deploy.offline.reply import Stream
 from deploy.settings import GenerateSettings, ServeSettings
 from vision_server.media import open_image
 
-_SAMPLING: Final = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+_SAMPLING: Final = ("thinking", "max_tokens", "temperature", "top_p", "top_k", "seed")
 _PIPE_CLOSED_STATUS: Final = 141  # what a shell reports for a command that SIGPIPE ended
 
 
@@ -93,7 +97,7 @@ def _show_one(stream: Stream, *, as_json: bool) -> int:
         return 0
     has_begun = False
     try:
-        for piece in stream:
+        for piece in _without_thoughts(stream):
             _print(piece)
             has_begun = True
     except DvdError:
@@ -102,6 +106,20 @@ def _show_one(stream: Stream, *, as_json: bool) -> int:
         raise
     _print("\n")
     return 0
+
+
+def _without_thoughts(pieces: Iterator[str]) -> Iterator[str]:
+    """Shows them on stderr, which is no answer's: dim on a terminal, and on a line of their own."""
+    console = Console(stderr=True)
+    for is_thought, group in groupby(pieces, lambda piece: isinstance(piece, Thought)):
+        if not is_thought:
+            yield from group
+            continue
+        try:
+            for piece in group:
+                console.out(piece, end="", style="dim", highlight=False)
+        finally:
+            console.out("")
 
 
 def _show_all(batch: BatchStream, lines: Sequence[Line], *, as_json: bool) -> int:
@@ -115,11 +133,12 @@ def _show_all(batch: BatchStream, lines: Sequence[Line], *, as_json: bool) -> in
 
 
 def _texts_in_order(batch: BatchStream) -> Iterator[str]:
-    """The first answer that has not ended as it comes; what later ones say is kept until it is their turn."""
+    """The first answer that has not ended as it comes; what later ones say is kept until it is their turn, what they
+    think is not shown: --json has it."""
     texts = ["" for _ in batch.outcomes]
     current = 0
     for index, piece in _pieces(batch):
-        texts[index] += piece
+        texts[index] += "" if isinstance(piece, Thought) else piece
         while current < len(texts):
             yield texts[current]
             texts[current] = ""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Unpack
 
-from deploy.client import Message, user_message
+from deploy.client import Message, Thought, user_message
 from deploy.images import ImageSource, as_images
 from deploy.offline.prompt import Sampling, check_sampling, opening
 from deploy.offline.reply import Reply, Stream
@@ -16,7 +16,8 @@ class Conversation:
 
     Attributes:
         history: the messages so far, as the chat API takes them. A turn that failed is not in it; of one that was
-            closed early what had been said.
+            closed early what had been said. What the model thought is not in it either: the next turn does not need
+            it, and pays for every token.
     """
 
     def __init__(self, ask: AskMessages, system: str | None = None, sampling: Mapping[str, Any] | None = None) -> None:
@@ -43,7 +44,7 @@ class Conversation:
         with self._ask([*self.history, question], sampling) as pieces:
             try:
                 for piece in pieces:
-                    said += piece
+                    said += "" if isinstance(piece, Thought) else piece
                     yield piece
             except GeneratorExit:
                 self._keep(question, said)

@@ -19,7 +19,16 @@ from deploy.local import to_stderr
 from deploy.offline.background import BackgroundDeployment
 from deploy.offline.batch import BatchStream
 from deploy.offline.conversation import Conversation
-from deploy.offline.prompt import AnyPrompt, Prompt, PromptLike, Sampling, as_prompt, check_sampling, refuse_unknown
+from deploy.offline.prompt import (
+    AnyPrompt,
+    Prompt,
+    PromptLike,
+    Sampling,
+    as_prompt,
+    check_sampling,
+    refuse_unknown,
+    request_fields,
+)
 from deploy.offline.reply import Reply, Stopwatch, Stream, reply_of
 from deploy.settings import ServeSettings
 
@@ -209,6 +218,8 @@ class DvD:
     ) -> Stream | BatchStream:
         """``generate`` in pieces: text as it comes, for a list ``(index of the prompt, text)``.
 
+        What a model thinks before its answer comes as ``Thought``, a string of its own kind.
+
         Errors are those of ``generate``, raised while iterating where the server tells them.
         """
         check_sampling(sampling)
@@ -256,7 +267,7 @@ class DvD:
     def _ask_once(
         self, answer: Answer, messages: list[Message], options: Mapping[str, Any], watch: Stopwatch
     ) -> Generator[str]:
-        body = {"model": self.model, "stream_options": {"include_usage": True}, **options}
+        body = {"model": self.model, "stream_options": {"include_usage": True}, **request_fields(options)}
         with closing(self._client.stream_into(answer, messages, **body)) as pieces:
             for piece in pieces:
                 watch.token()

@@ -5,16 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, TypeVar
 
-from deploy.client import Message, user_message
+from deploy.client import Message, thinking_option, user_message
 from deploy.images import ImageSource, as_images
 
 
 class Sampling(TypedDict, total=False):
     """How an answer is sampled, in the words of OpenAI and vLLM; what is not said is the model's value.
 
-    ``n`` is not among them: a prompt has one reply; give it several times for several.
+    ``thinking`` has the model think first. ``n`` is not among them: a prompt has one reply; give it several times for
+    several.
     """
 
+    thinking: bool
     max_tokens: int
     min_tokens: int
     temperature: float
@@ -90,6 +92,13 @@ def check_sampling(sampling: Mapping[str, Any]) -> None:
         TypeError: names the keyword and the nearest known one.
     """
     refuse_unknown(sampling, Sampling.__annotations__, "sampling keyword")
+
+
+def request_fields(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in the words of the chat API."""
+    fields = dict(sampling)
+    thinking = fields.pop("thinking", None)
+    return fields if thinking is None else fields | thinking_option(thinking)
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -12,12 +12,14 @@ _Piece = TypeVar("_Piece")
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens. Those of images and those found in the prefix cache are part of ``prompt_tokens``."""
+    """Tokens. Those of images and those found in the prefix cache are part of ``prompt_tokens``, those of reasoning of
+    ``completion_tokens``."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     image_tokens: int
+    reasoning_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A finished answer. ``finish_reason`` is ``stop``, or ``length`` where it was cut."""
+    """A finished answer. ``finish_reason`` is ``stop``, or ``length`` where it was cut; ``reasoning`` what the model
+    thought before it, empty if nothing."""
 
     text: str
+    reasoning: str
     finish_reason: str | None
     usage: Usage
     timing: Timing
@@ -69,13 +73,15 @@ class Stopwatch:
 def reply_of(answer: Answer, watch: Stopwatch) -> Reply:
     """Counts that a server does not tell are 0."""
     details = answer.usage.get("prompt_tokens_details") or {}
+    completion_details = answer.usage.get("completion_tokens_details") or {}
     usage = Usage(
         prompt_tokens=answer.usage.get("prompt_tokens") or 0,
         completion_tokens=answer.usage.get("completion_tokens") or 0,
         cached_tokens=details.get("cached_tokens") or 0,
         image_tokens=(details.get("multimodal_tokens") or {}).get("image") or 0,
+        reasoning_tokens=completion_details.get("reasoning_tokens") or 0,
     )
-    return Reply(answer.text, answer.finish_reason, usage, watch.timing(answer.metrics))
+    return Reply(answer.text, answer.reasoning, answer.finish_reason, usage, watch.timing(answer.metrics))
 
 
 class Pieces(Iterator[_Piece]):
@@ -98,7 +104,7 @@ class Pieces(Iterator[_Piece]):
 
 
 class Stream(Pieces[str]):
-    """The pieces of one answer as they come; afterwards ``reply`` holds the whole.
+    """The pieces of one answer as they come, thoughts as ``Thought``; afterwards ``reply`` holds the whole.
 
     Asks when the first piece is wanted. Closed early, also by leaving a ``with`` block, it cancels the answer, and
     ``reply`` stays None.

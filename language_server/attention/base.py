@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from language_server.transfer import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
@@ -38,8 +40,13 @@ class KVCache:
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Put ``key`` and ``value`` [num_tokens, num_kv_heads, head_dim] where ``slot_mapping`` [num_tokens] says."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, value)
+        write(self.keys[layer], key, slot_mapping)
+        write(self.values[layer], value, slot_mapping)
+
+
+def write(cache: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Put ``rows`` [num_tokens, num_kv_heads, head_dim] into their slots of one layer's keys or values."""
+    cache.flatten(0, 1).index_copy_(0, slot_mapping, rows)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class BatchLayout:
     @cached_property
     def slot_mapping(self) -> torch.Tensor:
         """Cache slot of each token, [num_tokens] int64."""
-        lens = torch.tensor(self.query_lens, device=self.device)
+        lens = to_device(self.query_lens, self.device)
         rows = torch.repeat_interleave(
             torch.arange(len(self.query_lens), device=self.device), lens, output_size=len(self.position_ids)
         )
@@ -79,6 +86,28 @@ class BatchLayout:
         positions = torch.arange(first, self.seq_lens[row], device=self.device)
         blocks = self.block_tables[row].index_select(0, positions // self.block_size)
         return blocks * self.block_size + positions % self.block_size
+
+
+@dataclass(frozen=True)
+class DecodeLayout:
+    """A batch of one token per sequence, told by tensors alone: what is captured with them in a CUDA graph runs again
+    on whatever they hold then. The block tables are as wide as the longest sequence may ever need."""
+
+    position_ids: torch.Tensor  # [num_seqs] int64
+    block_tables: torch.Tensor  # [num_seqs, max_blocks] int32
+    block_size: int
+
+    @cached_property
+    def seq_lens(self) -> torch.Tensor:
+        """[num_seqs] int32, the new token included."""
+        return (self.position_ids + 1).to(torch.int32)
+
+    @cached_property
+    def slot_mapping(self) -> torch.Tensor:
+        """Cache slot of each token, [num_seqs] int64."""
+        places = (self.position_ids // self.block_size).unsqueeze(1)
+        blocks = self.block_tables.gather(1, places).squeeze(1)
+        return blocks * self.block_size + self.position_ids % self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +123,18 @@ class AttentionBackend(ABC):
     """Attention of a packed batch. ``plan`` runs once a step, ``attend`` once a layer."""
 
     block_size: int = 16  # tokens per block this backend works best with
+    can_capture: bool = False  # whether ``plan_decode`` and what follows asks nothing of the host
 
     @abstractmethod
     def plan(self, layout: BatchLayout) -> Any:
         """Whatever all layers of the step share."""
+
+    def plan_decode(self, layout: DecodeLayout) -> Any:
+        """The same for a step that only tensors describe."""
+        num_seqs = len(layout.position_ids)
+        tables = layout.block_tables.to(torch.int64)
+        seq_lens = layout.seq_lens.tolist()
+        return self.plan(BatchLayout([1] * num_seqs, seq_lens, layout.position_ids, tables, layout.block_size))
 
     @abstractmethod
     def attend(

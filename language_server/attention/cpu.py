@@ -18,6 +18,7 @@ from language_server.attention.sdpa import SdpaBackend, SdpaPlan
 from language_server.kernels.attention import paged_attention
 
 _QUERIES_AT_ONCE = 256  # of a prompt: their scores stay in the processor's cache, and few lie above the diagonal
+_TASKS_PER_THREAD = 2  # of sequences that generate: their histories differ in length
 _MIN_SCORES = 1 << 16  # of a prompt, from which the matrix kernels win (measured with 8 heads of 64)
 
 
@@ -45,13 +46,16 @@ class CpuBackend(AttentionBackend):
     ) -> torch.Tensor:
         num_single, out = len(plan.seq_lens), torch.empty_like(query, memory_format=torch.contiguous_format)
         if num_single:
-            share_threads(int(plan.seq_lens.sum()) * key_cache.shape[2] * key_cache.shape[3])
+            num_kv_heads, head_dim = key_cache.shape[2:]
+            num_threads = share_threads(int(plan.seq_lens.sum()) * num_kv_heads * head_dim)
             paged_attention(
                 as_array(_rows(query)),
-                as_array(key_cache),
-                as_array(value_cache),
+                as_array(key_cache.flatten(2)),
+                as_array(value_cache.flatten(2)),
                 plan.block_tables,
                 plan.seq_lens,
+                head_dim,
+                _num_parts(num_single, num_kv_heads, num_threads),
                 call.sliding_window or NO_WINDOW,
                 np.float32(call.scaling),
                 _sinks(call),
@@ -112,6 +116,13 @@ def _attend_prompt(
         )
         mixed = torch.bmm(scores, values[:, :end]).view(num_heads, len(rows), head_dim)
         torch.mul(mixed, inverse_sums.view(num_heads, -1, 1), out=out[start : start + len(rows)].transpose(0, 1))
+
+
+def _num_parts(num_seqs: int, num_kv_heads: int, num_threads: int) -> int:
+    """Into how many parts to divide each sequence's KV heads: as few as give every thread some tasks to choose from."""
+    wanted = 1 if num_threads == 1 else num_threads * _TASKS_PER_THREAD
+    divisors = (parts for parts in range(1, num_kv_heads + 1) if num_kv_heads % parts == 0)
+    return next((parts for parts in divisors if num_seqs * parts >= wanted), num_kv_heads)
 
 
 def _sinks(call: LayerCall) -> np.ndarray[Any, Any]:

@@ -5,11 +5,13 @@ Reads the blocks where they lie. Source of the calls: Dao-AILab/flash-attention,
 
 import importlib.util
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from language_server.attention.base import AttentionBackend, BatchLayout, LayerCall
+from language_server.attention.base import AttentionBackend, BatchLayout, DecodeLayout, LayerCall
+from language_server.transfer import to_device
 
 
 def is_available() -> bool:
@@ -29,6 +31,7 @@ class FlashPlan:
 
 class FlashBackend(AttentionBackend):
     block_size = 256  # flash-attn 2 pages KV in multiples of 256 tokens only
+    can_capture = True
 
     def __init__(self) -> None:
         interface = importlib.import_module("flash_attn")
@@ -36,7 +39,7 @@ class FlashBackend(AttentionBackend):
         self._with_kvcache: Any = interface.flash_attn_with_kvcache
 
     def plan(self, layout: BatchLayout) -> FlashPlan:
-        seq_lens = torch.tensor(layout.seq_lens, dtype=torch.int32, device=layout.device)
+        seq_lens = to_device(layout.seq_lens, layout.device, torch.int32)
         return FlashPlan(
             is_decode=layout.num_single == len(layout.query_lens),
             block_tables=layout.block_tables.to(torch.int32),
@@ -46,6 +49,11 @@ class FlashBackend(AttentionBackend):
             max_query_len=max(layout.query_lens),
             max_seq_len=max(layout.seq_lens),
         )
+
+    def plan_decode(self, layout: DecodeLayout) -> FlashPlan:
+        seq_lens = layout.seq_lens
+        nothing = seq_lens.new_empty(0)
+        return FlashPlan(True, layout.block_tables, seq_lens, nothing, nothing, 1, 0)
 
     def attend(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, plan: FlashPlan, call: LayerCall
@@ -95,4 +103,4 @@ class FlashBackend(AttentionBackend):
 
 
 def _starts(lengths: Any, device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    return to_device([0, *accumulate(lengths)], device, torch.int32)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from language_server.attention.base import AttentionBackend, BatchLayout, KVCache, LayerCall
+from language_server.attention.base import AttentionBackend, BatchLayout, DecodeLayout, KVCache, LayerCall
 
 NAME = "dvd_paged"
 
@@ -20,14 +20,15 @@ NAME = "dvd_paged"
 class ForwardContext:
     """What the attention layers of one step share. Travels to them as the keyword ``paged``."""
 
-    layout: BatchLayout
+    layout: BatchLayout | DecodeLayout
     cache: KVCache
     backend: AttentionBackend
     plan: Any
 
     @classmethod
-    def of(cls, layout: BatchLayout, cache: KVCache, backend: AttentionBackend) -> "ForwardContext":
-        return cls(layout, cache, backend, backend.plan(layout))
+    def of(cls, layout: BatchLayout | DecodeLayout, cache: KVCache, backend: AttentionBackend) -> "ForwardContext":
+        plan = backend.plan(layout) if isinstance(layout, BatchLayout) else backend.plan_decode(layout)
+        return cls(layout, cache, backend, plan)
 
 
 def paged_attention(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from language_server.attention.base import AttentionBackend, BatchLayout, LayerCall
+from language_server.transfer import to_device
 
 _CPU_GROUP_TOKENS = 2048  # padded tokens gathered at once
 _GPU_GROUP_TOKENS = 1 << 18
@@ -183,11 +184,11 @@ def _decode_group(layout: BatchLayout, rows: list[int], window: int | None, dtyp
     seq_lens = [layout.seq_lens[row] for row in rows]
     num_keys = [_num_visible(length, window) for length in seq_lens]
     width = num_keys[-1]
-    ends = torch.tensor(seq_lens, device=layout.device).unsqueeze(1)  # [B, 1]
-    counts = torch.tensor(num_keys, device=layout.device).unsqueeze(1)
+    ends = to_device(seq_lens, layout.device).unsqueeze(1)  # [B, 1]
+    counts = to_device(num_keys, layout.device).unsqueeze(1)
     steps = torch.arange(width, device=layout.device)  # [width]
     positions = (ends - counts + steps).clamp_(max=ends - 1)  # padding repeats the last token
-    rows_tensor = torch.tensor(rows, device=layout.device)
+    rows_tensor = to_device(rows, layout.device)
     blocks = layout.block_tables[rows_tensor].gather(1, positions // layout.block_size)
     slots = (blocks * layout.block_size + positions % layout.block_size).flatten()
     if num_keys[0] == width:

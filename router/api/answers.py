@@ -1,6 +1,8 @@
 """Tokens to OpenAI's answer shapes: one body, or a stream of chunks (API.md section 4).
 
-Both implement ``pipeline.Answer``; what differs is when the client hears of a token.
+Both implement ``pipeline.Answer``; what differs is when the client hears of a token. OpenAI's shapes have no place for
+what a model thinks: it goes under both names that clients look for, SGLang's ``reasoning_content`` and vLLM's newer
+``reasoning``.
 """
 
 import asyncio
@@ -57,6 +59,7 @@ class AnswerOptions:
 
 @dataclass(slots=True)
 class _Choice:
+    reasoning: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
@@ -75,6 +78,7 @@ class FullAnswer:
     async def on_token(self, token: Token) -> None:
         self._slot.first_token()
         choice = self._choices[token.choice]
+        choice.reasoning.append(token.reasoning)
         choice.texts.append(token.text)
         choice.token_ids.append(token.token_id)
         if self._options.logprobs:
@@ -82,6 +86,7 @@ class FullAnswer:
 
     async def on_finished(self, finished: Finished) -> None:
         choice = self._choices[finished.choice]
+        choice.reasoning.append(finished.reasoning)
         choice.texts.append(finished.text)
         choice.finish_reason = finished.finish_reason
 
@@ -97,9 +102,10 @@ class FullAnswer:
         await self._exchange.respond_json(body, headers=self._options.headers)
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
         answer: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "message": {**message, **_reasoning("".join(choice.reasoning) or None)},
             "logprobs": _logprobs(choice.logprobs) if self._options.logprobs else None,
             "finish_reason": choice.finish_reason,
         }
@@ -121,14 +127,15 @@ class StreamAnswer:
 
     async def on_token(self, token: Token) -> None:
         logprobs = [_logprob_entry(token)] if self._options.logprobs else None
-        chunk = self._chunk(token.choice, {"content": token.text}, logprobs=logprobs, token_ids=[token.token_id])
+        delta = _delta(token.reasoning, token.text)
+        chunk = self._chunk(token.choice, delta, logprobs=logprobs, token_ids=[token.token_id])
         await self._send([*await self._begin(), chunk])
 
     async def on_finished(self, finished: Finished) -> None:
         self._num_open -= 1
         chunks = await self._begin()
-        if finished.text:
-            chunks.append(self._chunk(finished.choice, {"content": finished.text}))
+        if finished.reasoning or finished.text:
+            chunks.append(self._chunk(finished.choice, _delta(finished.reasoning, finished.text)))
         chunks.append(self._chunk(finished.choice, {}, finish_reason=finished.finish_reason))
         if self._num_open == 0 and not self._options.include_usage:
             self._add_metrics(chunks[-1])
@@ -203,6 +210,17 @@ def _envelope(exchange: Exchange, model: str, kind: str) -> dict[str, Any]:
         "created": int(time.time()),
         "model": model,
     }
+
+
+def _delta(reasoning: str, text: str) -> dict[str, Any]:
+    """A token without any text is one of the content, as every client expects it."""
+    if not reasoning:
+        return {"content": text}
+    return {**_reasoning(reasoning), "content": text} if text else _reasoning(reasoning)
+
+
+def _reasoning(text: str | None) -> dict[str, Any]:
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:

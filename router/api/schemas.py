@@ -15,6 +15,7 @@ from common.service.errors import InvalidRequest
 MAX_JSON_DEPTH: Final = 64
 MAX_JSON_CONTAINERS: Final = 200_000
 """Objects and arrays in one body; far above 128 images, and bounds what a body of brackets costs to read."""
+MAX_TEMPLATE_KWARGS_BYTES: Final = 4 * 2**10
 NULL: Final = Raw(b"null")
 _MAX_SHOWN_CHARS: Final = 64
 
@@ -98,6 +99,12 @@ class MediaIo(Struct, forbid_unknown_fields=True):
     video: VideoIo | None = None
 
 
+class ChatTemplateKwargs(Struct, forbid_unknown_fields=True):
+    """``chat_template_kwargs``: a template is a program here, this is all that it can be told."""
+
+    enable_thinking: bool | None = None
+
+
 class ChatCompletionRequest(Struct):
     """The body of ``POST /v1/chat/completions``."""
 
@@ -120,6 +127,8 @@ class ChatCompletionRequest(Struct):
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Raw] | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    separate_reasoning: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
@@ -150,7 +159,9 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "allowed_token_ids": (),
     "logits_processors": ([],),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
+    "thinking_token_budget": (),
+    "include_reasoning": (True,),
+    "stream_reasoning": (True,),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -184,6 +195,9 @@ def parse_chat(body: bytes) -> tuple[ChatCompletionRequest, list[str]]:
     fields: dict[str, Raw] = _decode(_top_level, body)
     for name in _UNSUPPORTED.keys() & fields.keys():
         _check_inert(name, bytes(fields[name]))
+    if len(memoryview(fields.get("chat_template_kwargs", NULL))) > MAX_TEMPLATE_KWARGS_BYTES:
+        message = f"chat_template_kwargs may have at most {MAX_TEMPLATE_KWARGS_BYTES} bytes"
+        raise InvalidRequest(message, param="chat_template_kwargs")
     request: ChatCompletionRequest = _decode(_chat, body)
     known = _UNSUPPORTED.keys() | set(ChatCompletionRequest.__struct_fields__)
     unknown = sorted(fields.keys() - known)

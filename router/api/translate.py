@@ -72,7 +72,11 @@ def translate(
         sampling=_translate_sampling(request, model, settings),
         cache_scope=scope,
         priority=request.priority or 0,
+        thinking=bool(request.chat_template_kwargs and request.chat_template_kwargs.enable_thinking),
     )
+    if generate.thinking and generate.sampling.HasField("grammar"):
+        message = "a reply of a given form cannot begin with thoughts: say enable_thinking or a form, not both"
+        raise InvalidRequest(message, param="chat_template_kwargs.enable_thinking")
     if generate.ByteSize() > MAX_PROMPT_BYTES:
         raise InvalidRequest("the prompt is far too long", code="context_length_exceeded", param="messages")
     return ChatRequest(generate, images.found, origin.deadline)
@@ -244,6 +248,7 @@ def _translate_sampling(request: ChatCompletionRequest, model: ModelInfo, settin
         logprobs=bool(request.logprobs),
         top_logprobs=request.top_logprobs or 0,
         grammar=translate_grammar(request),
+        separate_reasoning=request.separate_reasoning is not False,
     )
 
 

@@ -59,9 +59,11 @@ class ScriptedServer:
             thread.join()
 
 
-def saying(*pieces: str, metrics: dict[str, Any] | None = None) -> list[str]:
-    """The events of one streamed answer (API.md section 4)."""
-    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in pieces)]
+def saying(*pieces: str, thinking: Sequence[str] = (), metrics: dict[str, Any] | None = None) -> list[str]:
+    """The events of one streamed answer (API.md section 4); ``thinking`` goes before it."""
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+    deltas += [{"reasoning_content": piece, "reasoning": piece} for piece in thinking]
+    deltas += [{"content": piece} for piece in pieces]
     chunks: list[dict[str, Any]] = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
     chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
     if metrics is not None:

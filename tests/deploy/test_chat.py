@@ -36,6 +36,21 @@ def test_turns_add_up(talk):
     assert [message["role"] for message in chat.history] == ["system", "user", "assistant", "user", "assistant"]
 
 
+def test_thoughts_are_shown_but_not_remembered(talk):
+    server, _, shown, _ = talk([saying("It is ", "4.", thinking=["two ", "twos"]), saying("Yes.")], "2+2?", "sure?")
+    assert "two twos\nIt is 4.\n" in shown
+    assert [message["content"] for message in server.requests[1]["messages"]] == ["2+2?", "It is 4.", "sure?"]
+    assert "chat_template_kwargs" not in server.requests[0]
+
+
+def test_thoughts_are_dim_on_a_terminal():
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, color_system="standard")
+    with ScriptedServer([saying("4.", thinking=["so"])]).running() as server, ChatClient(server.url) as client:
+        Chat(client, console, {}, None).take("2+2?")
+    assert "\x1b[2mso\x1b[0m\n4.\n" in shown.getvalue()
+
+
 def test_an_image_goes_with_the_next_message_only(talk, tmp_path):
     image = tmp_path / "a picture.png"
     image.write_bytes(b"\x89PNG")
@@ -79,10 +94,11 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(talk, monkeypatch):
 def test_the_command_reads_a_pipe(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     with ScriptedServer([saying("Hi ", "there.")]).running() as server:
-        assert main(["chat", "--url", server.url, "--temperature", "0", "--system", "be kind"]) == 0
+        assert main(["chat", "--url", server.url, "--temperature", "0", "--system", "be kind", "--thinking"]) == 0
     assert "Hi there." in capsys.readouterr().out
     assert server.requests[0]["messages"][0] == {"role": "system", "content": "be kind"}
     assert server.requests[0]["temperature"] == 0
+    assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": True}
 
 
 def test_nobody_answers(capsys):

@@ -17,7 +17,7 @@ from common.service.errors import (
     Unavailable,
     to_http,
 )
-from deploy.client import Answer, ChatClient, _retry_after, user_message
+from deploy.client import Answer, ChatClient, Thought, _retry_after, user_message
 from tests.deploy.scripted_server import ScriptedServer, saying
 
 QUESTION = [user_message("hello")]
@@ -35,6 +35,17 @@ def test_pieces_come_in_order_and_the_whole_is_kept():
         assert list(client.stream(QUESTION)) == ["x"]
         assert client.last == Answer("x", "stop", metrics)
     assert server.keys == [None]
+
+
+@pytest.mark.parametrize("names", [("reasoning_content", "reasoning"), ("reasoning_content",), ("reasoning",)])
+def test_thoughts_are_told_from_text_under_every_name_they_have(names):
+    deltas = [dict.fromkeys(names, "so "), {**dict.fromkeys(names, "7"), "content": "Sev"}, {"content": "en"}]
+    events = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas]
+    with ScriptedServer([[*events, "data: [DONE]\n\n"]]).running() as server, ChatClient(server.url) as client:
+        pieces = list(client.stream(QUESTION))
+        assert client.last == Answer("Seven", reasoning="so 7")
+    assert pieces == ["so ", "7", "Sev", "en"]
+    assert [isinstance(piece, Thought) for piece in pieces] == [True, True, False, False]
 
 
 def test_an_image_travels_as_its_own_bytes(tmp_path):

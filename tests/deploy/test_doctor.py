@@ -16,7 +16,7 @@ def test_this_machine_can_run_it(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert all(line.split()[0] in ("ok", "warn") for line in lines)
     subjects = {line[5:19].strip() for line in lines}
-    assert {"python", "packages", "cpu", "memory", "gpu", "flashinfer", "loopback", "unix sockets", "model"} <= subjects
+    assert {"python", "packages", "cpu", "memory", "gpu", "triton", "loopback", "unix sockets", "model"} <= subjects
     assert "hf format, qwen3" in lines[-1]
 
 

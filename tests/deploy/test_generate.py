@@ -119,9 +119,11 @@ def test_json_is_one_object(generate):
     status, output, log = generate("--json", "--temperature", 0, "--image", SHAPE.image, SHAPE.question)
     assert (status, log, output.count("\n")) == (0, "", 1)
     reply = json.loads(output)
-    assert reply.keys() == {"text", "finish_reason", "usage", "timing"}
+    assert reply.keys() == {"text", "reasoning", "finish_reason", "usage", "timing"}
     assert (reply["text"], reply["finish_reason"]) == (SHAPE.answer, "stop")
-    assert reply["usage"].keys() == {"prompt_tokens", "completion_tokens", "cached_tokens", "image_tokens"}
+    assert reply["reasoning"] == ""
+    counts = {"prompt_tokens", "completion_tokens", "cached_tokens", "image_tokens", "reasoning_tokens"}
+    assert reply["usage"].keys() == counts
     assert reply["timing"]["total"] >= reply["timing"]["time_to_first_token"] > 0
 
 
@@ -168,6 +170,32 @@ def test_a_prompt_that_fails_costs_its_own_line_only(generate, monkeypatch, tmp_
     status, output, _ = generate("--prompts", "-", "--temperature", 0, "--json")
     failed, answered = (json.loads(line) for line in output.splitlines())
     assert (status, failed["error"]["code"], answered["text"]) == (1, "invalid_image", SHAPE.answer)
+
+
+def test_thoughts_are_no_part_of_the_answer(monkeypatch, capsys):
+    """On stdout is the answer alone; what was thought is on stderr, in JSON in a field of its own."""
+    answers = [saying("4", ".", thinking=["two ", "twos"])] * 3
+    with ScriptedServer(answers).running() as server:
+        monkeypatch.setattr(DvD, "local", lambda model, **options: DvD.connect(server.url))
+        assert cli.main(["generate", "nano", "2+2?", "--thinking"]) == 0
+        assert capsys.readouterr() == ("4.\n", "two twos\n")
+        assert cli.main(["generate", "nano", "2+2?", "--json"]) == 0
+        reply = json.loads(capsys.readouterr().out)
+        monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "2+2?", "thinking": true}'))
+        assert cli.main(["generate", "nano", "--prompts", "-"]) == 0
+        assert capsys.readouterr() == ("4.\n", "")
+    assert (reply["text"], reply["reasoning"]) == ("4.", "two twos")
+    asked = [request.get("chat_template_kwargs") for request in server.requests]
+    assert asked == [{"enable_thinking": True}, None, {"enable_thinking": True}]
+    assert "thinking" not in server.requests[2]
+
+
+def test_thoughts_that_break_off_end_their_line(monkeypatch, capsys):
+    late = f"event: error\ndata: {json.dumps({'error': {'message': 'a server died'}})}\n\n"
+    with ScriptedServer([[*saying(thinking=["so"])[:2], late]]).running() as server:
+        monkeypatch.setattr(DvD, "local", lambda model, **options: DvD.connect(server.url))
+        assert cli.main(["generate", "nano", "Hello"]) == 1
+    assert capsys.readouterr() == ("", "so\ndvd: error: a server died\n")
 
 
 def test_a_failure_in_the_middle_of_an_answer_is_told_on_a_line_of_its_own(monkeypatch, capsys):

@@ -19,9 +19,9 @@ from common.service.errors import AuthenticationFailed
 from deploy.demo import questions
 from deploy.images import image_url
 from deploy.offline import dvd as offline
-from deploy.offline.prompt import Sampling
+from deploy.offline.prompt import Sampling, request_fields
 from deploy.settings import ServeSettings
-from dvd import BatchError, ConfigError, DvD, InvalidRequest, Overloaded, Prompt, StartupError, Unavailable
+from dvd import BatchError, ConfigError, DvD, InvalidRequest, Overloaded, Prompt, StartupError, Thought, Unavailable
 from router.api.schemas import ChatCompletionRequest
 from tests.deploy.scripted_server import ScriptedServer, saying
 from tests.deploy.test_local import children_of, is_alive, private_directories
@@ -170,6 +170,31 @@ def test_a_seed_repeats_itself(nano):
     assert len({reply.text for reply in others}) > 1
 
 
+def test_a_system_that_shall_think_is_asked_to(nano):
+    """Nano was not trained for it: it answers as ever, to a longer prompt."""
+    plain, thinking = nano.generate([Prompt("Hello"), Prompt("Hello", sampling={"thinking": True})], **GREEDY)
+    assert thinking.usage.prompt_tokens > plain.usage.prompt_tokens + 100
+    assert (thinking.reasoning, thinking.usage.reasoning_tokens) == ("", 0)
+
+
+def test_thoughts_are_pieces_of_their_own_kind_and_stay_out_of_the_conversation():
+    server, connect = scripted([saying("4", ".", thinking=["two ", "twos"])] * 4)
+    with server.running(), connect() as system:
+        reply = system.generate("2+2?", thinking=True)
+        assert (reply.text, reply.reasoning) == ("4.", "two twos")
+        pieces = list(system.stream(["2+2?"], thinking=False))
+        assert [(piece, isinstance(piece, Thought)) for _, piece in pieces] == [
+            ("two ", True), ("twos", True), ("4", False), (".", False),
+        ]  # fmt: skip
+        chat = system.chat(thinking=True)
+        assert chat.send("2+2?").reasoning == "two twos"
+        with chat.stream("sure?") as stream:
+            assert [next(stream) for _ in range(3)] == ["two ", "twos", "4"]
+        assert [message["content"] for message in chat.history] == ["2+2?", "4.", "sure?", "4"]
+    asked = [request["chat_template_kwargs"]["enable_thinking"] for request in server.requests]
+    assert asked == [True, False, True, True]
+
+
 def test_connect_asks_a_system_that_runs(nano):
     with DvD.connect(f"{nano.address}/v1/", "secret") as other:
         assert other.generate(NUMBER.question, NUMBER.image, **GREEDY).text == NUMBER.answer
@@ -212,7 +237,8 @@ def test_names_that_do_not_exist(nano):
 
 
 def test_sampling_keywords_are_those_of_the_server():
-    assert set(Sampling.__annotations__) <= set(ChatCompletionRequest.__struct_fields__)
+    fields = request_fields(dict.fromkeys(Sampling.__annotations__, 1))
+    assert set(fields) <= set(ChatCompletionRequest.__struct_fields__)
 
 
 def test_local_options_are_those_of_serve():

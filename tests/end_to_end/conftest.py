@@ -15,13 +15,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local import LocalDeployment
 from deploy.nano import data
+from deploy.process import Echo
 from deploy.settings import ServeSettings, model_directory
 
 
 @contextmanager
-def serve(model: str, **options: Any) -> Iterator[LocalDeployment]:
+def serve(model: str, *, echo: Echo | None = None, **options: Any) -> Iterator[LocalDeployment]:
     """A system that answers; everything is gone when the block ends. One thread a server: tests run beside tests."""
-    with LocalDeployment(ServeSettings(model=str(model_directory(model)), port=0, threads=1, **options)) as deployment:
+    settings = ServeSettings(model=str(model_directory(model)), port=0, threads=1, **options)
+    with LocalDeployment(settings, echo) as deployment:
         yield deployment
 
 

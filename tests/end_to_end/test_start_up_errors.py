@@ -85,6 +85,10 @@ CASES = [
     ((*LANGUAGE, "@DIR/empty"), r"no config.json in 'empty'"),
     ((*LANGUAGE, NANO, "--kv-cash-bytes=1"), r"unknown flag --kv-cash-bytes; did you mean --kv-cache-bytes\?"),
     (
+        (*LANGUAGE, NANO, "--tensor-parallel-size=3"),
+        r"--tensor-parallel-size 3: num_attention_heads of this model is 4 and cannot be divided by it; allowed: 1, 2",
+    ),
+    (
         (*LANGUAGE, NANO, "--kv-cache-bytes=900000000000000"),
         r"needs 900000.0 GB \(weights 0.0 GB, --kv-cache-bytes 900000.0 GB\), .* a smaller --kv-cache-bytes",
     ),

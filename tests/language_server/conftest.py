@@ -92,7 +92,7 @@ def message(role, *parts):
 _request_ids = itertools.count(1)
 
 
-def make_request(messages, images=(), *, output_token_ids=(), **sampling):
+def make_request(messages, images=(), *, output_token_ids=(), thinking=False, **sampling):
     """A greedy request as a router would send it; ``messages`` may be the text of the only one."""
     messages = [message("user", messages)] if isinstance(messages, str) else messages
     values = {"max_tokens": 12, "top_p": 1.0, "repetition_penalty": 1.0, "n": 1, "skip_special_tokens": True}
@@ -102,6 +102,7 @@ def make_request(messages, images=(), *, output_token_ids=(), **sampling):
         images=[ImageRef(mm_hash=image.mm_hash, max_num_tokens=image.num_tokens) for image in images],
         sampling=SamplingParams(**(values | sampling)),
         output_token_ids=output_token_ids,
+        thinking=thinking,
     )
 
 
@@ -130,6 +131,10 @@ class Reply:
 
     def text(self, choice=0):
         return "".join(token.text for token in self.tokens if token.choice == choice) + self.finished[choice].text
+
+    def reasoning(self, choice=0):
+        pieces = [token.reasoning for token in self.tokens if token.choice == choice]
+        return "".join(pieces) + self.finished[choice].reasoning
 
 
 @dataclass

@@ -9,20 +9,32 @@ from language_server.attention import choose_backend, cpu, paged, sdpa
 from language_server.attention.base import BatchLayout, KVCache, KVShape, LayerCall
 from language_server.attention.cpu import CpuBackend
 from language_server.attention.paged import ForwardContext
+from tests.language_server.backends import BACKENDS
 from tests.language_server.models import FAMILIES, reference_logits, tiny_model
 
 BLOCK = 4
-BACKENDS = {"sdpa": sdpa.SdpaBackend, "cpu": CpuBackend}
 
 
 class Batch:
     """Random sequences in shuffled blocks; every slot that belongs to no token holds NaN."""
 
-    def __init__(self, query_lens, seq_lens, *, num_heads=6, num_kv_heads=2, head_dim=8, dtype=torch.float32, seed=0):
+    def __init__(
+        self,
+        query_lens,
+        seq_lens,
+        *,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+        dtype=torch.float32,
+        block_size=BLOCK,
+        seed=0,
+    ):
+        self.block_size = block_size
         generator = torch.Generator().manual_seed(seed)
         tables = self._tables(seq_lens, generator)
         num_blocks = sum(map(len, tables)) + 3
-        self.cache = KVCache(KVShape(1, num_kv_heads, head_dim, dtype), num_blocks, BLOCK, torch.device("cpu"))
+        self.cache = KVCache(KVShape(1, num_kv_heads, head_dim, dtype), num_blocks, block_size, torch.device("cpu"))
         self.cache.keys[0].fill_(math.nan)
         self.cache.values[0].fill_(math.nan)
         self.keys = [torch.randn(length, num_kv_heads, head_dim, generator=generator).to(dtype) for length in seq_lens]
@@ -35,20 +47,18 @@ class Batch:
         everything = self._layout(seq_lens, seq_lens, tables)
         self.cache.write(0, torch.cat(self.keys), torch.cat(self.values), everything.slot_mapping)
 
-    @staticmethod
-    def _tables(seq_lens, generator):
-        counts = [-(-length // BLOCK) for length in seq_lens]
+    def _tables(self, seq_lens, generator):
+        counts = [-(-length // self.block_size) for length in seq_lens]
         order = torch.randperm(sum(counts) + 3, generator=generator).tolist()
         return [[order.pop() for _ in range(count)] for count in counts]
 
-    @staticmethod
-    def _layout(query_lens, seq_lens, tables):
+    def _layout(self, query_lens, seq_lens, tables):
         positions = [
             p for query, length in zip(query_lens, seq_lens, strict=True) for p in range(length - query, length)
         ]
         width = max(map(len, tables))
         padded = torch.tensor([table + [0] * (width - len(table)) for table in tables])
-        return BatchLayout(query_lens, seq_lens, torch.tensor(positions), padded, BLOCK)
+        return BatchLayout(query_lens, seq_lens, torch.tensor(positions), padded, self.block_size)
 
     def attend(self, call, backend=None):
         backend = backend or sdpa.SdpaBackend()
@@ -107,6 +117,14 @@ def test_query_heads_may_lie_among_others(offset):
     heads[:, offset : offset + 6] = batch.query
     batch.query = heads[:, offset : offset + 6]
     call = LayerCall(0.3, None, None)
+    torch.testing.assert_close(batch.attend(call, CpuBackend()).double(), batch.expected(call), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 6, 16])
+@pytest.mark.parametrize("window", [None, 7])
+def test_blocks_of_any_size(block_size, window):
+    batch = Batch([1, 1, 1], [3, 33, 16], block_size=block_size)
+    call = LayerCall(0.3, window, torch.linspace(-1, 2, 6))
     torch.testing.assert_close(batch.attend(call, CpuBackend()).double(), batch.expected(call), atol=2e-6, rtol=1e-5)
 
 

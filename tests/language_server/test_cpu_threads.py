@@ -4,25 +4,8 @@ import pytest
 import torch
 
 from language_server import cpu_threads
-from language_server.cpu_threads import fewest_good, tune_decode_threads
+from language_server.cpu_threads import tune_decode_threads
 from tests.language_server.test_engine import make_engine, make_sequence
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        ({1: 0.010}, 1),
-        ({1: 0.030, 2: 0.026}, 1),
-        ({1: 0.030, 2: 0.015}, 2),
-        ({1: 0.9, 2: 0.5, 4: 0.3, 8: 0.29, 16: 0.6}, 4),
-    ],
-)
-def test_the_fewest_within_a_tolerance_are_taken(seconds, expected):
-    assert fewest_good(seconds, 1.2) == expected
-
-
-def test_without_tolerance_the_quickest_is_taken():
-    assert fewest_good({1: 0.030, 2: 0.029, 4: 0.031}, 1.0) == 2
 
 
 @pytest.fixture
@@ -45,10 +28,51 @@ def test_the_engine_is_measured_and_left_idle(two_threads, monkeypatch, slow):
         return step()
 
     monkeypatch.setattr(engine, "step", timed_step)
-    tune_decode_threads(engine, clock=lambda: now[0])
+    threads = tune_decode_threads(engine, clock=lambda: now[0])
     assert engine.decode_threads == 3 - slow
+    assert threads is not None
+    assert (threads.alone, threads.shared) == (3 - slow, 3 - slow)
     assert not engine.has_work()
     assert engine.stats().num_free_blocks == engine.stats().num_total_blocks
+
+
+def test_an_engine_with_one_place_is_measured_too(two_threads):
+    engine = make_engine(max_num_seqs=1, max_num_waiting=1)
+    threads = tune_decode_threads(engine)
+    assert threads is not None and threads.shared_prompts is None
+    assert not engine.has_work()
+
+
+def test_beside_a_vision_server_fewer_threads_are_a_bargain(two_threads, monkeypatch):
+    engine = make_engine()
+    now = [0.0]
+    step = engine.step
+
+    def timed_step():
+        now[0] += 0.014 if engine.decode_threads == 1 else 0.01
+        return step()
+
+    monkeypatch.setattr(engine, "step", timed_step)
+    threads = tune_decode_threads(engine, clock=lambda: now[0])
+    assert threads is not None
+    assert (threads.alone, threads.shared) == (2, 1)
+    assert [threads.of_prompts(is_shared) for is_shared in (False, True)] == [None, 1]
+
+
+def test_prompts_of_a_large_model_keep_all_threads_beside_a_vision_server(two_threads, monkeypatch):
+    engine = make_engine()
+    now = [0.0]
+    step = engine.step
+
+    def timed_step():
+        now[0] += 0.02 if engine.prompt_threads == 1 else 0.01
+        return step()
+
+    monkeypatch.setattr(engine, "step", timed_step)
+    threads = tune_decode_threads(engine, clock=lambda: now[0])
+    assert threads is not None
+    assert (threads.shared, threads.shared_prompts, engine.prompt_threads) == (1, 2, None)
+    assert not engine.has_work()
 
 
 def test_the_number_holds_for_decode_steps_only_and_is_put_back(two_threads, monkeypatch):

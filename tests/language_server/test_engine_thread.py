@@ -8,8 +8,10 @@ import pytest
 
 from common.service.errors import InvalidRequest, Overloaded, Unavailable
 from language_server import engine_thread
+from language_server.decode_threads import DecodeThreads
 from language_server.engine import EngineStats, LanguageEngine, StepOutput
 from language_server.engine_thread import EngineThread
+from language_server.pace import NO_LIMITS
 from language_server.sequence import SamplingParams, Sequence, SequenceStatus
 from tests.language_server.conftest import eventually
 
@@ -27,6 +29,7 @@ class FakeEngine:
         self.has_run = False
         self.allowed = []
         self.num_prefill_tokens = 0
+        self.decode_threads = None
 
     def add(self, sequence):
         if self.failure is not None:
@@ -39,9 +42,9 @@ class FakeEngine:
     def has_work(self):
         return bool(self.sequences)
 
-    def step(self, max_prefill_tokens=None):
+    def step(self, limits=NO_LIMITS):
         self.num_steps += 1
-        self.allowed.append(max_prefill_tokens)
+        self.allowed.append(limits.image_tokens)
         self.has_run = self.is_ready and self.has_work()
         if not self.has_run:
             return []
@@ -116,6 +119,17 @@ async def test_what_steps_took_bounds_the_prompts_beside_decodes(thread):
     thread._engine.num_prefill_tokens = 100_000
     await eventually(lambda: thread._engine.allowed[-1] is not None)
     assert thread._engine.allowed[-1] < 100_000
+
+
+async def test_decode_leaves_cores_to_a_vision_server_that_works_for_it():
+    engine, is_awaiting = FakeEngine(), [True]
+    thread = EngineThread(2, is_awaiting_features=lambda: is_awaiting[0])
+    thread.start(cast(LanguageEngine, engine), DecodeThreads([1, 2], alone=2, shared=1, tolerance=1.2))
+    thread.add([sequence(1)], Sink())
+    await eventually(lambda: engine.decode_threads == 1)
+    is_awaiting[0] = False
+    await eventually(lambda: engine.decode_threads == 2)
+    await thread.stop(30)
 
 
 async def test_the_engine_waits_for_a_slow_event_loop(thread, monkeypatch):

@@ -404,6 +404,7 @@ class Accounting(RuleBasedStateMachine):
     def the_books_balance(self):
         in_use = {id(image): image for lease in self.open.values() for image in lease._images}
         assert self.store.reserved_bytes == sum(image.num_bytes for image in in_use.values())
+        assert self.store.num_awaited == sum(not image.is_complete for image in in_use.values())
         assert self.store.reserved_bytes + self.store.cached_bytes <= self.CAPACITY * TILE_BYTES
         assert self.store.num_waiting == len(self.tasks)
 
@@ -413,7 +414,7 @@ class Accounting(RuleBasedStateMachine):
         self.run(self.settle())
         for lease in self.open.values():
             lease.release()
-        assert (self.store.reserved_bytes, self.store.num_waiting) == (0, 0)
+        assert (self.store.reserved_bytes, self.store.num_waiting, self.store.num_awaited) == (0, 0, 0)
         self.loop.close()
 
 

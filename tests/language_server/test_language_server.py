@@ -19,6 +19,7 @@ from language_server.__main__ import main, run
 from language_server.engine import LanguageEngine
 from language_server.generation import Generation
 from language_server.grammar import GrammarCompiler
+from language_server.prompt import THINKING_MESSAGE
 from language_server.server import _nth_port
 from language_server.settings import LanguageSettings
 from protos.frame import FrameRejected
@@ -336,6 +337,52 @@ async def test_a_grammar_behind_slow_ones_is_not_blamed_for_them(system, monkeyp
     assert {type(each) for each in await asyncio.gather(*slow)} == {InvalidRequest}
 
 
+# --- thoughts
+
+THOUGHTFUL = Grammar(regex=r"<think>\n[a-f]{6} [a-f]{6}\n</think>\n\n[0-9]{4}")
+THINKS = {"grammar": THOUGHTFUL, "separate_reasoning": True, **DRAWN}
+
+
+async def test_thoughts_are_divided_from_the_answer(system):
+    reply = await system.generate(make_request("describe", n=2, logprobs=True, **THINKS))
+    for choice in (0, 1):
+        assert re.fullmatch("[a-f]{6} [a-f]{6}", reply.reasoning(choice))
+        assert re.fullmatch("[0-9]{4}", reply.text(choice))
+        usage = reply.finished[choice].usage
+        assert 3 < usage.reasoning_tokens < usage.completion_tokens == len(reply.ids(choice))
+    assert reply.reasoning(0) != reply.reasoning(1)
+    assert all(token.logprob.token_id == token.token_id for token in reply.tokens)  # tags have theirs, too
+    undivided = await system.generate(make_request("describe", **(THINKS | {"separate_reasoning": False})))
+    assert undivided.ids() == reply.ids(0)
+    assert undivided.text() == f"<think>\n{reply.reasoning(0)}\n</think>\n\n{reply.text(0)}"
+    assert (undivided.reasoning(), undivided.finished[0].usage.reasoning_tokens) == ("", 0)
+
+
+async def test_a_lost_servers_thoughts_are_continued(system):
+    whole = await system.generate(make_request("describe", **THINKS))
+    for cut in (1, len(whole.ids()) // 2, len(whole.ids()) - 2):
+        rest = await system.generate(make_request("describe", output_token_ids=whole.ids()[:cut], **THINKS))
+        assert [(t.token_id, t.reasoning, t.text) for t in rest.tokens] == [
+            (t.token_id, t.reasoning, t.text) for t in whole.tokens[cut:]
+        ]
+        assert rest.finished[0].usage.reasoning_tokens == whole.finished[0].usage.reasoning_tokens
+
+
+async def test_thoughts_that_are_cut_are_thoughts(system):
+    whole = await system.generate(make_request("describe", **THINKS))
+    reply = await system.generate(make_request("describe", **(THINKS | {"max_tokens": len(whole.ids()) // 2})))
+    assert whole.reasoning().startswith(reply.reasoning())
+    assert (reply.text(), reply.finished[0].finish_reason) == ("", "length")
+    usage = reply.finished[0].usage
+    assert usage.reasoning_tokens == usage.completion_tokens == len(whole.ids()) // 2
+
+
+async def test_a_request_that_shall_think_has_another_prompt(system, checkpoint):
+    reply = await system.generate(make_request("how many shapes are there?", thinking=True))
+    messages = [message("system", THINKING_MESSAGE), message("user", "how many shapes are there?")]
+    assert reply.ids() == reference_tokens(checkpoint, messages)
+
+
 async def test_odd_but_allowed_sampling_hurts_nobody(system):
     odd: list[dict[str, Any]] = [
         {"temperature": 2.0, "seed": -(2**63), "n": 3},
@@ -462,17 +509,40 @@ async def test_more_than_fits_is_refused_at_once(start_system):
         assert (await system.generate(make_request("describe"))).finished
 
 
+@pytest.mark.parametrize(("policy", "order"), [("fcfs", [5, -5]), ("priority", [-5, 5])])
+async def test_priorities_count_where_they_are_switched_on(start_system, policy, order):
+    async with start_system(max_num_seqs=1, scheduling_policy=policy) as system:
+        running = system.open(make_request("describe", **ENDLESS))
+        for _ in range(2):  # admitted, and a token
+            await running.read()
+        finished = []
+
+        async def ask(priority):
+            request = make_request("describe")
+            request.priority = priority
+            await system.generate(request)
+            finished.append(priority)
+
+        waiting = [asyncio.create_task(ask(5))]
+        await eventually(lambda: system.in_use.sequences == 2 * 2)
+        waiting.append(asyncio.create_task(ask(-5)))
+        await eventually(lambda: system.in_use.sequences == 2 * 3)
+        running.cancel()
+        await asyncio.gather(*waiting)
+        assert finished == order
+
+
 async def test_a_slow_reader_loses_its_request_not_our_memory(start_system):
     async with start_system(max_stream_events=16) as system:
         backend = system.server._servicer.backend
         generation = Generation(backend, make_request("describe", **ENDLESS), deadline=float("inf"))
         events = generation.events()
-        for _ in range(3):
-            await anext(events)
-        await eventually(lambda: system.server.engine.num_live == 0)
-        assert len(generation._inbox) <= 16
         with pytest.raises(Overloaded, match="too slow"):
+            for _ in range(3):
+                await anext(events)
+            await eventually(lambda: system.server.engine.num_live == 0)
             await anext(events)
+        assert len(generation._inbox) <= 16
         generation.close()
         await system.at_rest()
 
@@ -520,7 +590,7 @@ async def test_when_the_engine_dies_every_request_is_told(start_system, images, 
             await call.read()
         await eventually(lambda: system.server.engine.num_live == 2)
 
-        def step(max_prefill_tokens):
+        def step(limits):
             raise RuntimeError("device lost")
 
         monkeypatch.setattr(system.server.engine._engine, "step", step)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.model.config import SYSTEM_MESSAGES
 from common.service.errors import CheckpointError, InvalidRequest
-from language_server.prompt import PromptBuilder
+from language_server.prompt import THINKING_MESSAGE, PromptBuilder
 from language_server.tokenizer import GROUNDING_TOKENS, STRUCTURE_TOKENS, Tokenizer
 from protos.language_pb2 import ChatMessage
 from tests.checkpoints import SPECIAL_TOKENS, make_tokenizer
@@ -130,6 +130,24 @@ def test_default_system_message_yields_to_the_clients_own():
     assert own == builder().build([message("system", "mine"), message("user", "x")], 0)
     without = builder(system_message=default).build([message("user", "x")], 0)
     assert without == builder().build([message("system", default), message("user", "x")], 0)
+
+
+def test_a_conversation_that_thinks_opens_with_the_protocol():
+    question = message("user", 0, "x")
+    plain = builder().build([message("system", THINKING_MESSAGE), question], 1)
+    assert THINKING_MESSAGE.startswith("You are") and THINKING_MESSAGE.endswith("section.")
+    assert builder(system_message="the default").build([question], 1, thinking=True) == plain
+    own = builder().build([message("system", "be ", "brief"), question], 1, thinking=True)
+    assert own == builder().build([message("system", f"{THINKING_MESSAGE}\n\nbe brief"), question], 1)
+    later = builder().build([question, message("system", "be brief")], 1, thinking=True)
+    assert later == builder().build([message("system", THINKING_MESSAGE), question, message("system", "be brief")], 1)
+    assert builder(system_message="the default").build([question], 1) != plain
+
+
+def test_a_format_that_does_not_think_in_its_text_is_not_asked_to():
+    with pytest.raises(InvalidRequest, match="chat format") as caught:
+        builder("internvl3_5_gpt_oss").build([message("user", "x")], 0, thinking=True)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "chat_template_kwargs.enable_thinking")
 
 
 def test_gpt_oss_format():

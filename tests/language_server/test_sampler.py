@@ -35,7 +35,7 @@ def sample(logits, *sequences):
     logits = torch.as_tensor(logits, dtype=torch.float32)
     if logits.ndim == 1:
         logits = logits.expand(len(sequences), -1)
-    return Sampler([EOS]).sample(logits.clone(), sequences)
+    return Sampler([EOS]).choose(logits.clone(), sequences).fetch()
 
 
 def token_ids(logits, *sequences):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from language_server.block_manager import BlockManager
+from language_server.pace import NO_LIMITS, PrefillLimits
 from language_server.scheduler import Scheduler
 from language_server.sequence import ImageSpan, SamplingParams, Sequence, SequenceStatus
 
@@ -32,23 +33,24 @@ class World:
         )
         self.num_added = 0
 
-    def add(self, num_tokens, *, image=None, max_tokens=4, request=None):
+    def add(self, num_tokens, *, image=None, max_tokens=4, request=None, priority=0):
         """``image``: (start, num_tokens). Prompts of different sequences differ unless they name the same request."""
         seq_id = self.num_added
         self.num_added += 1
         request = seq_id if request is None else request
         spans = [] if image is None else [ImageSpan(0, image[0], image[1], bytes([request % 256]))]
         prompt = [1000 * request + token for token in range(num_tokens)]
-        sequence = Sequence(seq_id, str(request).encode(), prompt, SamplingParams(max_tokens=max_tokens), spans)
+        sampling = SamplingParams(max_tokens=max_tokens)
+        sequence = Sequence(seq_id, str(request).encode(), prompt, sampling, spans, priority=priority)
         self.scheduler.add(sequence)
         return sequence
 
     def deliver(self, sequence, num_rows):
         self.readiness.rows[sequence.request_id, 0] = num_rows
 
-    def step(self, max_prefill_tokens=None):
+    def step(self, limits=NO_LIMITS):
         """Run one step; returns tokens by seq_id."""
-        chunks = self.scheduler.schedule(max_prefill_tokens)
+        chunks = self.scheduler.schedule(limits)
         for chunk in chunks:
             assert chunk.start == chunk.sequence.num_computed_tokens
             assert len(chunk.sequence.block_table) == self.blocks.blocks_needed(chunk.end)
@@ -79,9 +81,23 @@ def test_a_long_prompt_is_prefilled_in_chunks_within_the_budget():
 def test_prompts_are_held_back_only_beside_sequences_that_generate():
     world = World(budget=16)
     world.add(10)
-    assert world.step(max_prefill_tokens=4) == {0: 10}
+    few = PrefillLimits(4, 4)
+    assert world.step(few) == {0: 10}
     world.add(10)
-    assert [world.step(max_prefill_tokens=4) for _ in range(3)] == [{0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 2}]
+    assert [world.step(few) for _ in range(3)] == [{0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 2}]
+
+
+def test_prompts_with_images_have_a_limit_of_their_own():
+    world = World(budget=32)
+    world.add(4, max_tokens=20)
+    world.step()
+    image = world.add(12, image=(2, 4))
+    world.deliver(image, 4)
+    limits = PrefillLimits(text_tokens=8, image_tokens=3)
+    assert [world.step(limits) for _ in range(2)] == [{0: 1, 1: 3}, {0: 1, 1: 3}]
+    world.add(40)
+    # Who is first takes turns: text leaves nothing of the images' share, they leave most of what text may have.
+    assert [world.step(limits) for _ in range(2)] == [{0: 1, 2: 8}, {0: 1, 1: 3, 2: 5}]
 
 
 def test_decode_goes_first_and_shares_the_step_with_prefill():
@@ -102,6 +118,36 @@ def test_every_generating_sequence_is_in_every_step():
         step = world.step()
         assert all(step[sequence.seq_id] == 1 for sequence in short)
         assert sum(step.values()) <= 8
+
+
+def test_a_smaller_priority_is_served_first():
+    world = World(max_num_seqs=1, budget=64)
+    world.add(4, max_tokens=1)
+    world.step()
+    for priority in (5, 0, -3, 0):
+        world.add(4, max_tokens=1, priority=priority)
+    assert [world.step() for _ in range(4)] == [{3: 4}, {2: 4}, {4: 4}, {1: 4}]
+
+
+def test_a_long_prompt_lets_an_urgent_one_pass():
+    world = World(budget=16)
+    world.add(100)
+    world.step()
+    world.add(20, priority=-1)
+    assert [world.step() for _ in range(2)] == [{1: 16}, {1: 4, 0: 12}]
+    world.add(20, priority=1)
+    assert world.step() == {1: 1, 0: 15}
+
+
+def test_the_least_urgent_yields_though_it_came_first():
+    world = World(num_blocks=6, block_size=4, caching=False)
+    last = world.add(8, max_tokens=12, priority=1)
+    world.step()
+    others = [world.add(8, max_tokens=12) for _ in range(2)]
+    world.run()
+    assert last.num_preemptions > 0
+    assert others[0].num_preemptions == 0
+    assert all(len(sequence.output_token_ids) == 12 for sequence in (last, *others))
 
 
 def test_no_more_sequences_than_places():
@@ -229,15 +275,15 @@ def test_an_aborted_sequence_leaves_nothing_wherever_it_is():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=12),
+    loads=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12), st.integers(-1, 1)), min_size=1, max_size=12),
     num_blocks=st.integers(13, 30),
     budget=st.integers(4, 32),
 )
-def test_any_load_that_fits_alone_finishes(lengths, num_blocks, budget):
+def test_any_load_that_fits_alone_finishes(loads, num_blocks, budget):
     world = World(num_blocks=num_blocks, block_size=4, max_num_seqs=4, budget=budget)
-    sequences = [world.add(num_tokens, max_tokens=max_tokens) for num_tokens, max_tokens in lengths]
+    sequences = [world.add(length, max_tokens=most, priority=priority) for length, most, priority in loads]
     world.run(max_steps=5000)
-    assert [len(sequence.output_token_ids) for sequence in sequences] == [max_tokens for _, max_tokens in lengths]
+    assert [len(sequence.output_token_ids) for sequence in sequences] == [most for _, most, _ in loads]
     assert world.blocks.num_free_blocks == num_blocks
 
 
@@ -251,13 +297,19 @@ class Arrivals(RuleBasedStateMachine):
         self.world = World(num_blocks=num_blocks, max_num_seqs=places, budget=budget, caching=caching)
         self.live = []
 
-    @rule(num_tokens=st.integers(1, 30), max_tokens=st.integers(1, 8), request=st.integers(0, 3))
-    def text_arrives(self, num_tokens, max_tokens, request):
-        self.live.append(self.world.add(num_tokens, max_tokens=max_tokens, request=request))
+    @rule(
+        num_tokens=st.integers(1, 30),
+        max_tokens=st.integers(1, 8),
+        request=st.integers(0, 3),
+        priority=st.integers(-1, 1),
+    )
+    def text_arrives(self, num_tokens, max_tokens, request, priority):
+        self.live.append(self.world.add(num_tokens, max_tokens=max_tokens, request=request, priority=priority))
 
-    @rule(num_rows=st.integers(1, 20), before=st.integers(0, 5), request=st.integers(4, 6))
-    def image_arrives(self, num_rows, before, request):
-        self.live.append(self.world.add(before + num_rows + 3, image=(before, num_rows), request=request))
+    @rule(num_rows=st.integers(1, 20), before=st.integers(0, 5), request=st.integers(4, 6), priority=st.integers(-1, 1))
+    def image_arrives(self, num_rows, before, request, priority):
+        image = (before, num_rows)
+        self.live.append(self.world.add(before + num_rows + 3, image=image, request=request, priority=priority))
 
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 100), num_rows=st.integers(0, 20))
@@ -266,9 +318,9 @@ class Arrivals(RuleBasedStateMachine):
         ready = self.world.readiness.rows
         ready[sequence.request_id, 0] = max(ready[sequence.request_id, 0], num_rows)
 
-    @rule()
-    def step(self):
-        self.world.step()
+    @rule(text_tokens=st.none() | st.integers(1, 20), image_tokens=st.none() | st.integers(1, 20))
+    def step(self, text_tokens, image_tokens):
+        self.world.step(PrefillLimits(text_tokens, image_tokens))
         self.live = [sequence for sequence in self.live if sequence.status is not SequenceStatus.FINISHED]
 
     @precondition(lambda self: self.live)
@@ -286,6 +338,11 @@ class Arrivals(RuleBasedStateMachine):
             # Shared blocks hold the same tokens for all their owners.
             users = [sequence for sequence in self.live if block in sequence.block_table]
             assert len({_content(sequence, block, blocks.block_size) for sequence in users}) == 1
+
+    @invariant()
+    def the_line_is_in_order(self):
+        priorities = [sequence.priority for sequence in self.world.scheduler.running]
+        assert priorities == sorted(priorities)
 
     @invariant()
     def waiting_sequences_hold_nothing(self):

@@ -164,6 +164,8 @@ class FakeLanguage(FakeWorker):
         self.fail_after: tuple[int, DvdError] | None = None  # after so many tokens
         self.break_after: int | None = None  # tokens, then the connection breaks
         self.words: list[str] | None = None  # said instead of the prompt
+        self.thoughts: list[str] = []  # before that, a token each
+        self.held = ("", "")  # reasoning and text that come with the end
         self.breaking: asyncio.Task[None] | None = None
         self.at_admission = Gate()
         self.at_token = Gate()
@@ -189,7 +191,8 @@ class FakeLanguage(FakeWorker):
         )
         images = [await self.delivered[ticket] for ticket in tickets]
         words = self.words if self.words is not None else read_aloud(request, images)
-        for index, word in enumerate(words):
+        pieces = [*((thought, "") for thought in self.thoughts), *(("", word) for word in words)]
+        for index, (thought, word) in enumerate(pieces):
             await self.at_token.pass_through()
             if self.fail_after is not None and index == self.fail_after[0]:
                 raise self.fail_after[1]
@@ -197,9 +200,14 @@ class FakeLanguage(FakeWorker):
                 self.breaking = asyncio.create_task(self.stop())
                 await asyncio.Event().wait()
             for choice in range(request.sampling.n):
-                yield lang.GenerateEvent(token=token(choice, index, word, request.sampling))
+                said = token(choice, index, thought or word, request.sampling)
+                said.reasoning, said.text = thought, word
+                yield lang.GenerateEvent(token=said)
         for choice in range(request.sampling.n):
-            yield lang.GenerateEvent(finished=finished(choice, len(words), num_image_tokens))
+            end = finished(choice, len(pieces), num_image_tokens)
+            end.reasoning, end.text = self.held
+            end.usage.reasoning_tokens = len(self.thoughts)
+            yield lang.GenerateEvent(finished=end)
 
     def _fill_load(self, status: WorkerStatus) -> None:
         status.language.CopyFrom(self.load)

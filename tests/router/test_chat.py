@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -28,7 +29,13 @@ async def test_full_answer(system):
     assert body["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "user: hello", "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": "user: hello",
+                "refusal": None,
+                "reasoning_content": None,
+                "reasoning": None,
+            },
             "logprobs": None,
             "finish_reason": "stop",
         }
@@ -38,6 +45,7 @@ async def test_full_answer(system):
         "completion_tokens": 2,
         "total_tokens": 12,
         "prompt_tokens_details": {"cached_tokens": 3, "multimodal_tokens": {"image": 0}},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert "metrics" not in body
 
@@ -87,6 +95,68 @@ async def test_an_answer_without_tokens_still_streams(system):
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
     assert chunks[1]["choices"][0]["finish_reason"] == "stop"
     assert chunks[2:] == ["[DONE]"]
+
+
+def thought(text):
+    return {"reasoning_content": text, "reasoning": text}
+
+
+async def test_reasoning_has_a_place_of_its_own_in_an_answer(system):
+    system.language.thoughts, system.language.words = ["so ", "4"], ["Four."]
+    body = (await system.chat(n=2, logprobs=True, return_token_ids=True)).json()
+    for choice in body["choices"]:
+        assert choice["message"] == {"role": "assistant", "content": "Four.", "refusal": None, **thought("so 4")}
+        assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["so ", "4", "Four."]
+        assert choice["token_ids"] == [0, 1, 2]
+    assert body["usage"]["completion_tokens"] == 6
+    assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
+
+
+async def test_reasoning_has_a_place_of_its_own_in_a_stream(system):
+    system.language.thoughts, system.language.words, system.language.held = ["so ", "4"], ["", "Four"], ("", ".")
+    *chunks, _ = events((await system.chat(stream=True, stream_options={"include_usage": True}, logprobs=True)).text)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[1:-1]]
+    assert deltas == [thought("so "), thought("4"), {"content": ""}, {"content": "Four"}, {"content": "."}, {}]
+    assert all(chunk["choices"][0]["logprobs"]["content"] for chunk in chunks[1:5])
+    assert chunks[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": 2}
+
+
+async def test_an_answer_that_ends_in_its_thoughts(system):
+    system.language.thoughts, system.language.words, system.language.held = ["so"], [], ("</think", "")
+    message = (await system.chat()).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "", "refusal": None, **thought("so</think")}
+    chunks = events((await system.chat(stream=True)).text)
+    assert [chunk["choices"][0]["delta"] for chunk in chunks[1:4]] == [thought("so"), thought("</think"), {}]
+
+
+async def test_openai_client_reads_reasoning(system):
+    system.language.thoughts = ["so"]
+    async with AsyncOpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0) as client:
+        full = await client.chat.completions.create(model="fake", messages=[user("hi")])
+        message: Any = full.choices[0].message
+        turns: Any = [user("hi"), message, user("again")]  # and may send it back: it is not part of the next prompt
+        again = await client.chat.completions.create(model="fake", messages=turns)
+    assert (message.content, message.reasoning_content, message.reasoning) == ("user: hi", "so", "so")
+    assert again.choices[0].message.content == "user: hi assistant: user: hi user: again"
+
+
+@pytest.mark.parametrize(
+    ("body", "thinking", "separate"),
+    [
+        ({}, False, True),
+        ({"chat_template_kwargs": None, "separate_reasoning": None}, False, True),
+        ({"chat_template_kwargs": {}}, False, True),
+        ({"chat_template_kwargs": {"enable_thinking": None}}, False, True),
+        ({"chat_template_kwargs": {"enable_thinking": False}, "include_reasoning": True}, False, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}, "separate_reasoning": True}, True, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}, "separate_reasoning": False}, True, False),
+    ],
+)
+async def test_wishes_for_thoughts_reach_the_language_server(system, body, thinking, separate):
+    response = await system.chat(**body)
+    assert (response.status_code, "x-dvd-ignored" in response.headers) == (200, False), response.text
+    request = system.language.requests[0]
+    assert (request.thinking, request.sampling.separate_reasoning) == (thinking, separate)
 
 
 async def test_continuous_usage(system):

@@ -124,6 +124,16 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
     ({"bad_words": ["x"]}, "unsupported_parameter", "bad_words"),
     ({"chat_template": "{{ x }}"}, "unsupported_parameter", "chat_template"),
+    ({"chat_template_kwargs": {"thinking": True}}, "invalid_value", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"enable_thinking": "yes"}}, "invalid_value", "chat_template_kwargs.enable_thinking"),
+    ({"chat_template_kwargs": [True]}, "invalid_value", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x" * 5000: 1}}, "invalid_value", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"enable_thinking": True}, "response_format": {"type": "json_object"}}, "invalid_value",
+     "chat_template_kwargs.enable_thinking"),
+    ({"separate_reasoning": "no"}, "invalid_value", "separate_reasoning"),
+    ({"include_reasoning": False}, "unsupported_parameter", "include_reasoning"),
+    ({"stream_reasoning": False}, "unsupported_parameter", "stream_reasoning"),
+    ({"thinking_token_budget": 5}, "unsupported_parameter", "thinking_token_budget"),
     ({"messages": [CALLS]}, "unsupported_parameter", "messages[0].tool_calls"),
     ({"messages": [user({"type": "input_audio"})]}, "unsupported_media", f"{PART}.type"),
     ({"messages": [user({"type": "video_url", "video_url": {"url": GOOD}})]}, "unsupported_media", f"{PART}.type"),
@@ -155,6 +165,11 @@ async def test_bad_fields_name_themselves(system):
     assert system.language.requests == []
     assert system.vision.requests == []
     await system.until_idle()
+
+
+async def test_a_template_keyword_that_does_not_exist_is_named(system):
+    response = await system.chat(chat_template_kwargs={"enable_thinking": True, "add_vision_id": True})
+    assert error_of(response)["message"] == "chat_template_kwargs: Object contains unknown field `add_vision_id`"
 
 
 BAD_JSON = [

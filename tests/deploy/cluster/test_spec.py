@@ -65,8 +65,12 @@ def test_a_model_is_enough(tmp_path):
         ("model: nano\nvision: {cpus: 0}", "vision: cpus, gpus or resources must be above 0"),
         ("model: nano\nvision: {resources: {CPU: 2}}", "vision.resources: CPU: expected a custom resource"),
         (
-            "model: nano\nlanguage: {tensor_parallel_size: 2}",
-            "language.tensor_parallel_size: a language server of this version runs on one device",
+            "model: nano\nlanguage: {tensor_parallel_size: 2, gpus: 0.5}",
+            "language.tensor_parallel_size: each rank has a GPU of its own: say gpus: 1, or 0 for ranks on CPUs",
+        ),
+        (
+            "model: nano\nlanguage: {options: {tensor_parallel_size: 2}}",
+            "language.options.tensor_parallel_size: say language.tensor_parallel_size",
         ),
         ("model: nano\nname: Mine!", "name: String should match pattern"),
         ("model: nano\nray: {address: here}", "ray.address: expected auto, local or HOST:PORT (got 'here')"),
@@ -90,6 +94,13 @@ def test_a_model_is_enough(tmp_path):
 )
 def test_a_mistake_is_named(tmp_path, text, expected):
     assert complaint(tmp_path, text).startswith(expected)
+
+
+def test_ranks_become_an_option_of_their_server_and_shares_of_its_node(tmp_path):
+    spec = load(tmp_path, "model: nano\ninsecure_network: true\nlanguage: {tensor_parallel_size: 4, cpus: 2, gpus: 1}")
+    assert spec.options("language")["tensor_parallel_size"] == 4
+    assert "tensor_parallel_size" not in spec.options("vision")
+    assert spec.language.bundle == {"CPU": 8.0, "GPU": 4.0}
 
 
 def test_a_file_that_is_not_there(tmp_path):
