@@ -19,6 +19,8 @@ from language_server.sequence import SamplingParams, Sequence
 
 SHARED_CORES_TOLERANCE: Final = 1.5
 """Slower by this factor with half the threads is a good bargain where somebody else has use for the cores."""
+SHARED_PROMPTS_TOLERANCE: Final = 1.3
+"""Less than that for steps with prompts: they are long, and who generates waits for their end."""
 OWN_CORES_TOLERANCE: Final = 1.2
 """A router and clients need some of them, too."""
 _NUM_SEQUENCES: Final = 4
@@ -56,7 +58,7 @@ def tune_decode_threads(
         fewest_good(seconds, alone),
         fewest_good(seconds, shared),
         alone,
-        fewest_good(with_prompts, shared) if may_mix else None,
+        fewest_good(with_prompts, min(shared, SHARED_PROMPTS_TOLERANCE)) if may_mix else None,
     )
     engine.decode_threads = threads.alone
     return threads

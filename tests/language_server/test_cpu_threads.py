@@ -49,7 +49,7 @@ def test_beside_a_vision_server_fewer_threads_are_a_bargain(two_threads, monkeyp
     step = engine.step
 
     def timed_step():
-        now[0] += 0.014 if engine.decode_threads == 1 else 0.01
+        now[0] += 0.0125 if 1 in (engine.decode_threads, engine.prompt_threads) else 0.01
         return step()
 
     monkeypatch.setattr(engine, "step", timed_step)
@@ -65,7 +65,7 @@ def test_prompts_of_a_large_model_keep_all_threads_beside_a_vision_server(two_th
     step = engine.step
 
     def timed_step():
-        now[0] += 0.02 if engine.prompt_threads == 1 else 0.01
+        now[0] += 0.014 if 1 in (engine.decode_threads, engine.prompt_threads) else 0.01
         return step()
 
     monkeypatch.setattr(engine, "step", timed_step)
