@@ -6,6 +6,7 @@ once at the start: one number for while a vision server works for us, one for th
 in them use all threads, or beside a vision server what is measured likewise: for a small model that is one.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -48,7 +49,7 @@ def tune_decode_threads(
         seconds = {n: _step_seconds(engine, n, clock) for n in _candidates()}
         # A single place is taken by who generates.
         may_mix = engine.config.max_num_seqs > 1
-        with_prompts = {n: _prompt_step_seconds(engine, n, seq_ids, clock) for n in _candidates() if may_mix}
+        with_prompts = {n: _prompt_step_seconds(engine, n, min(seq_ids) - 1, clock) for n in _candidates() if may_mix}
     finally:
         engine.prompt_threads = None
         for seq_id in seq_ids:
@@ -89,19 +90,18 @@ def _step_seconds(engine: LanguageEngine, num_threads: int, clock: Callable[[], 
     return _quickest(engine.step, clock)
 
 
-def _prompt_step_seconds(
-    engine: LanguageEngine, num_threads: int, seq_ids: list[int], clock: Callable[[], float]
-) -> float:
-    """With a prompt in each, whose number joins ``seq_ids``."""
+def _prompt_step_seconds(engine: LanguageEngine, num_threads: int, seq_id: int, clock: Callable[[], float]) -> float:
+    """With a prompt in each, whose number is ``seq_id``."""
     engine.prompt_threads = num_threads
     prompt = [0] * max(1, min(_PROMPT_TOKENS, engine.max_model_len - 1))
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    scopes = itertools.count()
 
     def step() -> None:
-        seq_ids.append(seq_ids[-1] - 1)
         # A scope of its own, or the prompt would be found in the prefix cache.
-        engine.add(Sequence(seq_ids[-1], b"", prompt, sampling, cache_scope=f"thread tuning {seq_ids[-1]}"))
+        engine.add(Sequence(seq_id, b"", prompt, sampling, cache_scope=f"tuning {num_threads} {next(scopes)}"))
         engine.step()
+        engine.abort(seq_id)  # where KV memory had no room for it
 
     return _quickest(step, clock)
 

@@ -147,9 +147,8 @@ class Fleet:
             else:
                 workers[address] = worker = make(address)
                 self._watch_over(worker)
-        has_successors = any(address not in went for address in (*members, *came))
         for address in went:
-            self._bid_farewell(workers, workers[address], has_successors)
+            self._bid_farewell(workers, workers[address])
         self._compare_fingerprints()
         self._notify()
 
@@ -158,11 +157,11 @@ class Fleet:
         watcher.add_done_callback(lambda task: self._on_watcher_ended(worker, task))
         self._watchers[worker] = watcher
 
-    def _bid_farewell(self, workers: dict[str, WorkerT], worker: WorkerT, has_successors: bool) -> None:
-        """No new work from here on, or from when a successor is ready; none of its calls is touched."""
+    def _bid_farewell(self, workers: dict[str, WorkerT], worker: WorkerT) -> None:
+        """No new work once it is relieved; none of its calls is touched."""
         log.info("%s server %s (%s) is leaving: %d calls open", *_names(worker), worker.num_calls)
         worker.is_leaving = True
-        worker.stands_in = has_successors
+        worker.stands_in = True
         self._leaving[worker] = asyncio.create_task(self._see_off(workers, worker), name=f"see off {worker.address}")
 
     def _welcome_back(self, worker: Worker) -> None:
@@ -200,10 +199,11 @@ class Fleet:
             self._notify()
 
     def _relieve(self, workers: Collection[Worker]) -> None:
-        """Those who leave are no longer needed once somebody is ready who stays, or when they serve something else."""
-        is_replaced = any(worker.is_usable and not worker.is_leaving for worker in workers)
+        """Who leaves is not needed once a successor is ready, where there is none, or if he serves something else."""
+        staying = [worker for worker in workers if not worker.is_leaving]
+        is_over = not staying or any(worker.is_usable for worker in staying)
         for worker in workers:
-            if is_replaced or worker.status is None or _fingerprint(worker) != self.fingerprint:
+            if is_over or worker.status is None or _fingerprint(worker) != self.fingerprint:
                 worker.stands_in = False
 
     # --- following

@@ -195,7 +195,7 @@ def load_tensor_parallel(
             torch.cuda.set_device(devices[0])
         model, plan = load_shard(checkpoint, config, group.ranks, dtype=dtype, progress=watched)
         kv_bytes = group.join(lambda: progress(*loaded))
-    except BaseException:
+    except BaseException:  # Ctrl-C as well: no rank may be left behind
         group.close()
         raise
     return TensorParallelBackbone(model, plan, group, kv_bytes)

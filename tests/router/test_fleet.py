@@ -130,6 +130,14 @@ async def test_nobody_waits_for_ever_for_a_successor(monkeypatch, unused_tcp_por
         assert not system.router.fleet.has_vision
 
 
+async def test_nobody_stands_in_where_nobody_is_listed(unused_tcp_port):
+    async with running_system() as system:
+        system.router.fleet.set_vision([f"127.0.0.1:{unused_tcp_port}"])
+        assert system.router.fleet.has_vision
+        system.router.fleet.set_vision([])
+        assert not system.router.fleet.has_vision
+
+
 async def test_a_server_that_comes_back_before_its_end_is_the_same_one(system):
     gate = system.language.at_token
     gate.is_open.clear()
