@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
 
-.PHONY: install protos check test demo bench soak gpu-check clean
+.PHONY: install protos check test demo bench soak gpu-check bad-images clean
 
 install: $(STAMP)
 
@@ -45,9 +45,14 @@ bench: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks soak --results benchmarks/results
 
-# What only a GPU can show: exit status 1 where quantised weights compute something else than they should.
+# What only a GPU can show: exit status 1 where it computes something else than it should.
 gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks gpu_parity --device cuda --results benchmarks/results
 	$(BIN)/python -m benchmarks quantization --device cuda --results benchmarks/results
+
+# Pillow's own test images, broken ones among them, through the decode workers. Fetches 47 MB once.
+bad-images: $(STAMP)
+	$(BIN)/python -m tests.vision_server.corpus_pillow --directory build/corpus
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

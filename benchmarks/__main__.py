@@ -10,6 +10,7 @@ from common.service.errors import DvdError
 BENCHMARKS: Final = (
     "cancel",
     "compare",
+    "decode",
     "engine",
     "gpu_parity",
     "gpu_shapes",
@@ -18,6 +19,7 @@ BENCHMARKS: Final = (
     "page",
     "quantization",
     "soak",
+    "vision",
 )
 """Modules of this package, each with a ``main(argv)``."""
 

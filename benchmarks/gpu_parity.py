@@ -1,9 +1,11 @@
-"""Whether a GPU computes what it should: attention backends, CUDA graphs and compiled layers, each against plain ways.
+"""Whether a GPU computes what it should: attention backends, CUDA graphs, compiled layers, and features of images, each
+against plain ways.
 
     python -m benchmarks gpu_parity --device cuda:0 --results benchmarks/results
 
 Attention over random batches is compared with the same in float64; logits of a random model whose steps are replayed,
-or whose layers are compiled, with the same model run operation by operation. Ends with status 1 if anything is off.
+or whose layers are compiled, with the same model run operation by operation. Features: see gpu_parity_vision.py. Ends
+with status 1 if anything is off.
 """
 
 import argparse
@@ -16,10 +18,12 @@ import torch
 from rich.console import Console
 
 from benchmarks.engine_subjects import NoImages, fill_randomly, random_prompts, text_config
+from benchmarks.gpu_parity_vision import vision_cases
 from benchmarks.random_checkpoint import TextShape
 from benchmarks.record import write_record
 from benchmarks.serve import print_table
 from benchmarks.tables import Table
+from common.model.graphs import Capture, CudaCapture, Repeat
 from common.service.errors import InternalError
 from language_server.attention import choose_backend
 from language_server.attention.base import AttentionBackend, BatchLayout, KVCache, KVShape, LayerCall
@@ -29,7 +33,6 @@ from language_server.attention.sdpa import SdpaBackend
 from language_server.attention.triton_paged import TritonBackend
 from language_server.backbone import LanguageBackbone, build_model, make_backbone
 from language_server.compiled_layers import compile_layers
-from language_server.cuda_graphs import Capture, CudaCapture, Repeat
 from language_server.model_runner import ModelRunner
 from language_server.scheduler import ScheduledChunk
 from language_server.sequence import SamplingParams
@@ -58,9 +61,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, help="directory for the raw record")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
-    cases = [*attention_cases(device), *model_cases(device)]
+    cases = [*attention_cases(device), *model_cases(device), *vision_cases(device)]
     print_table(Console(width=120), parity_table(cases))
     if arguments.results:
         print(write_record(arguments.results, "gpu_parity", argv, cases))

@@ -62,8 +62,11 @@ class TextShape:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
+    """``is_flash``: with a resolution router, which sends about half of the tiles of a picture with fewer tokens."""
+
     vision: VisionShape
     text: TextShape
+    is_flash: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -76,6 +79,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "tiny": Shape(VisionShape(64, 2, 2, 128), TextShape(64, 2, 4, 2, 16, 128, vocab=2048)),
     "1B": Shape(_VIT_300M, TextShape(1024, 28, 16, 8, 128, 3072)),
     "8B": Shape(_VIT_300M, TextShape(4096, 36, 32, 8, 128, 12_288)),
+    "8B-Flash": Shape(_VIT_300M, TextShape(4096, 36, 32, 8, 128, 12_288), is_flash=True),
     "14B": Shape(_VIT_300M, TextShape(5120, 40, 40, 8, 128, 17_408)),
     "38B": Shape(_VIT_6B, TextShape(5120, 64, 64, 8, 128, 25_600)),
 }
@@ -100,6 +104,8 @@ def tensors(shape: Shape) -> Tensors:
     """Name and shape of every tensor."""
     yield from _vision_tensors(shape.vision)
     yield from _projector_tensors(shape)
+    if shape.is_flash:
+        yield from _flash_tensors(shape)
     yield from _text_tensors(shape.text)
 
 
@@ -124,10 +130,31 @@ def _vision_tensors(vision: VisionShape) -> Tensors:
 
 def _projector_tensors(shape: Shape) -> Tensors:
     width = shape.vision.hidden * _SHUFFLE**2
-    yield "mlp1.0.weight", (width,)
-    yield "mlp1.0.bias", (width,)
+    yield from _norm("mlp1.0", width)
     yield from _linear("mlp1.1", width, shape.text.hidden)
     yield from _linear("mlp1.3", shape.text.hidden, shape.text.hidden)
+
+
+def _flash_tensors(shape: Shape) -> Tensors:
+    """The second projector, pooling and gating; the third and fourth attention are stored and never used."""
+    size, text = shape.vision.hidden, shape.text.hidden
+    width = size * (2 * _SHUFFLE) ** 2
+    yield from _norm("mlp2.0", width)
+    yield from _linear("mlp2.1", width, 2 * text)
+    yield from _linear("mlp2.4", 2 * text, 2 * text)
+    yield from _linear("mlp2.7", 2 * text, text)
+    yield "pooling_before_gating.query_token", (1, size)
+    for index in range(1, 5):
+        prefix = f"pooling_before_gating.attn{index}."
+        yield f"{prefix}in_proj_weight", (3 * size, size)
+        yield f"{prefix}in_proj_bias", (3 * size,)
+        yield from _linear(f"{prefix}out_proj", size, size)
+        yield from _norm(f"pooling_before_gating.norm{index}", size)
+        yield from _linear(f"gating.block{index}.0", size, 4 * size)
+        yield from _linear(f"gating.block{index}.3", 4 * size, size)
+        yield from _norm(f"gating.block{index}.5", size)
+    yield from _norm("gating.gate.0", size)
+    yield from _linear("gating.gate.1", size, 2)
 
 
 def _text_tensors(text: TextShape) -> Tensors:
@@ -152,6 +179,11 @@ def _text_tensors(text: TextShape) -> Tensors:
 def _linear(name: str, width_in: int, width_out: int) -> Tensors:
     yield f"{name}.weight", (width_out, width_in)
     yield f"{name}.bias", (width_out,)
+
+
+def _norm(name: str, width: int) -> Tensors:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
 
 
 def _write_shards(path: Path, shape: Shape) -> None:
@@ -209,7 +241,9 @@ def _make_tokenizer(vocab_size: int) -> Tokenizer:
 
 def _config(shape: Shape, end: int) -> dict[str, Any]:
     vision, text = shape.vision, shape.text
+    flash = {"flash_mode": True, "flash_relative_threshold": 0.5, "flash_absolute_threshold": 0.0}
     return {
+        **(flash if shape.is_flash else {}),
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         "template": "internvl2_5",

@@ -15,6 +15,7 @@ from common.service.errors import ConfigError, DvdError, StartupError
 from common.service.settings import Settings, check_environment
 from deploy import settings as options
 from deploy.cluster import settings as cluster_options
+from deploy.encode.settings import EncodeSettings
 
 _DISTRIBUTION = "dvd-serve"
 _USAGE_STATUS = 2
@@ -101,6 +102,16 @@ def _generate(argv: Sequence[str]) -> int:
 
     _exit_on_sigterm()
     return run(settings, words[0] if words else None)
+
+
+def _encode(argv: Sequence[str]) -> int:
+    flags, words = encode_arguments(argv)
+    settings = EncodeSettings.load(flags)
+    _set_compute_defaults()
+    from deploy.encode.command import main as run
+
+    _exit_on_sigterm()
+    return run(settings, words)
 
 
 def _doctor(argv: Sequence[str]) -> int:
@@ -194,6 +205,7 @@ COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "down": (_down, "[NAME]: end a cluster"),
     "chat": (_chat, "[MODEL]: chat in the terminal, with images"),
     "generate": (_generate, "MODEL PROMPT: start, answer about --image FILE, stop"),
+    "encode": (_encode, "MODEL IMAGE ... -o FILE: what the vision half makes of images"),
     "doctor": (_doctor, "[MODEL]: can this machine run it?"),
     "demo": (_demo, "serve the nano model, ask about three pictures, stop"),
     "bench": (_bench, "NAME: measure a server"),
@@ -206,6 +218,7 @@ _OWN_SETTINGS: Final[tuple[type[Settings], ...]] = (
     options.ServeSettings,
     options.ChatSettings,
     options.GenerateSettings,
+    EncodeSettings,
     options.DoctorSettings,
     options.DemoSettings,
     cluster_options.UpSettings,
@@ -238,11 +251,19 @@ def generate_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return [re.sub(r'^--image=([^"]*)$', r'--image="\1"', flag) for flag in flags], words
 
 
+def encode_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``MODEL IMAGE ... -o FILE --flag ...`` in any order as flags and words. After ``--`` all is words."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    spelt = [re.sub(r"^-o(?==|$)", "--output", argument) for argument in argv[:end]]
+    flags, words = _split(EncodeSettings, spelt)
+    return flags, [*words, *argv[end + 1 :]]
+
+
 def _resolved(declared: type[Settings], argv: Sequence[str]) -> list[str]:
-    """The same for a program that only knows directories: ``nano`` is replaced."""
+    """The same for a program that only knows directories: the name of a model that comes with DvD is replaced."""
+    names = {f"--model={name}": name for name in options.EMBEDDED}
     flags = model_first(declared, argv)
-    nano = f"--model={options.model_directory(options.NANO)}"
-    return [nano if flag == f"--model={options.NANO}" else flag for flag in flags]
+    return [f"--model={options.model_directory(names[flag])}" if flag in names else flag for flag in flags]
 
 
 def _split(declared: type[Settings], argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -281,7 +302,7 @@ def _help() -> str:
             *lines,
             "",
             "dvd COMMAND --help lists its options; each is also a DVD_* variable and a key of --config FILE.",
-            "MODEL is a directory with a checkpoint, or `nano` for the small one that comes with DvD.",
+            "MODEL is a directory with a checkpoint, or comes with DvD: `nano`, and `nano-flash` with a router.",
         ]
     )
 

@@ -19,7 +19,8 @@ PROGRAMS: Final[dict[str, type[Settings]]] = {
     "router": RouterSettings,
 }
 NANO = "nano"
-_NANO_DIRECTORY = Path(__file__).parent / "nano"
+EMBEDDED: Final = {name: Path(__file__).parent / name for name in (NANO, "nano-flash")}
+"""The models that come with DvD, by name."""
 
 # What `dvd serve` decides itself for each program.
 PLACED: Final = frozenset(
@@ -36,12 +37,12 @@ _DIVIDING: Final = (
 
 
 def model_directory(model: str) -> Path:
-    """Where a model's files are: ``nano`` is the one that comes with DvD, anything else a directory.
+    """Where a model's files are: ``nano`` and ``nano-flash`` come with DvD, anything else is a directory.
 
     Raises:
         ConfigError: there is no such directory, or it holds no model.
     """
-    directory = _NANO_DIRECTORY if model == NANO else Path(model)
+    directory = EMBEDDED.get(model, Path(model))
     if not directory.is_dir():
         raise ConfigError(
             f"model {model}: no such directory; download the checkpoint first and name its directory, or say {NANO}"

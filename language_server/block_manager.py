@@ -2,8 +2,9 @@
 
 Blocks are reference-counted and never copied. A full block of computed tokens is registered under a hash that chains
 over everything before it, so a later sequence with the same beginning takes the same block. Inside a block an image
-contributes its ``mm_hash`` and offset, because its placeholder tokens look alike in every prompt. A block nobody holds
-keeps its content until the memory is needed, oldest first.
+contributes its ``mm_hash`` and which of its rows lie there, because its placeholder tokens look alike in every prompt:
+nothing else about it, such as how many pieces it is in. A block nobody holds keeps its content until the memory is
+needed, oldest first.
 
 Pure Python: deals in block numbers, never in tensors.
 """
@@ -128,15 +129,24 @@ class BlockManager:
         digest = hashlib.blake2b(len(parent).to_bytes(4, "little"), digest_size=32)
         digest.update(parent)
         digest.update(array.array("q", sequence.token_ids[start:end]).tobytes())
-        for key in _image_keys(sequence, start, end):
-            digest.update(key)
+        if sequence.has_images:
+            for key in _image_keys(sequence, start, end):
+                digest.update(key)
         return digest.digest()
 
 
 def _image_keys(sequence: Sequence, start: int, end: int) -> Iterator[bytes]:
     """What tells images apart in tokens ``[start, end)``: each image's hash and which of its rows lie where."""
-    for span in sequence.image_spans:
-        if span.start < end and span.end > start:
-            first, last = max(span.start, start), min(span.end, end)
-            position = array.array("q", (first - start, first - span.start, last - first)).tobytes()
-            yield position + len(span.mm_hash).to_bytes(4, "little") + span.mm_hash
+    stretches: list[tuple[int, int, int, bytes]] = []  # first token, last + 1, row of the first, hash
+    for span in sequence.image_spans.overlapping(start, end):
+        first, last = max(span.start, start), min(span.end, end)
+        row = span.row_at(first)
+        if stretches:
+            begin, stop, begin_row, mm_hash = stretches[-1]
+            if (stop, begin_row + stop - begin, mm_hash) == (first, row, span.mm_hash):  # goes on without a gap
+                first, row = begin, begin_row
+                stretches.pop()
+        stretches.append((first, last, row, span.mm_hash))
+    for first, last, row, mm_hash in stretches:
+        position = array.array("q", (first - start, row, last - first)).tobytes()
+        yield position + len(mm_hash).to_bytes(4, "little") + mm_hash

@@ -6,15 +6,14 @@ would be compiled layer after layer.
 """
 
 # mypy: disable-error-code="no-untyped-call"
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from common.model.compiled import keep_compiled
 from common.service.errors import ConfigError
 from language_server.attention.base import KVCache, LayerCall, write
 from language_server.attention.paged import ForwardContext
@@ -31,7 +30,7 @@ def compile_layers(model: Any, cache: KVCache, backend: str | Callable[..., Any]
     """
     if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
         raise ConfigError("compile: the layers of this family are fused already; allowed: false")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_directory()))
+    keep_compiled()
     torch._dynamo.config.specialize_float = True  # an epsilon is a constant, not an input that comes from the host
     AttentionInterface.register(_NAME, _paged_attention)
     model.config._attn_implementation = _NAME
@@ -40,10 +39,6 @@ def compile_layers(model: Any, cache: KVCache, backend: str | Callable[..., Any]
         layer.self_attn.key_cache, layer.self_attn.value_cache = cache.keys[index], cache.values[index]
         layer.compile(backend=backend, fullgraph=True, dynamic=True)
     model.model.register_forward_pre_hook(_remember_step, with_kwargs=True)
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dvd" / "compiled"
 
 
 def _remember_step(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:

@@ -4,19 +4,18 @@ A graph has a fixed number of rows, so there is one for each of a few batch size
 holds it. Rows left over compute a token of their own in a block that belongs to nobody. What a step reads lies in one
 buffer, a row for each sequence: token, position and block table. Everything else follows from these on the device.
 
-A graph is anything with ``replay``: without a GPU the same rows run step by step. Knows nothing of prompts, images or
-sampling.
+Knows nothing of prompts, images or sampling.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
 
+from common.model.graphs import Capture, Graph
 from language_server.attention.base import AttentionBackend, DecodeLayout, KVCache
 from language_server.attention.paged import ForwardContext
 from language_server.backbone import LanguageBackbone
@@ -27,45 +26,6 @@ from language_server.transfer import record_event
 
 _STEP: Final = 8  # rows between one graph and the next
 _TOKEN, _POSITION, _TABLE = 0, 1, 2  # columns; the block table goes on to the end
-_NUM_WARM_UPS: Final = 2
-"""Before a capture: the first compiles kernels, and libraries take memory for themselves."""
-
-
-class Graph(Protocol):
-    def replay(self) -> None:
-        """Compute once more, from what the buffers hold now into the same memory."""
-
-
-Capture = Callable[[Callable[[], None]], Graph]
-"""Makes a graph of a computation, which it runs at least once."""
-
-
-class Repeat:
-    """What a graph does, without a GPU."""
-
-    def __init__(self, compute: Callable[[], None]) -> None:
-        self.replay = compute
-        compute()
-
-
-class CudaCapture:
-    """The graphs share their memory: no two run at once."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def __call__(self, compute: Callable[[], None]) -> Graph:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(_NUM_WARM_UPS):
-                compute()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            compute()
-        return graph
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:

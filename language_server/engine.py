@@ -15,13 +15,13 @@ from typing import Final
 
 import torch
 
+from common.model.graphs import Capture, CudaCapture
 from common.service.errors import ConfigError, DvdError, InternalError, InvalidRequest, Overloaded
 from language_server.attention import choose_backend
 from language_server.attention.base import KVCache
 from language_server.backbone import LanguageBackbone
 from language_server.block_manager import BlockManager
 from language_server.compiled_layers import compile_layers
-from language_server.cuda_graphs import Capture, CudaCapture
 from language_server.in_flight import InFlight, StepSizes, UnknownTokens
 from language_server.kv_memory import default_kv_bytes
 from language_server.model_runner import ImageEmbedsSource, ModelRunner, PreparedChunk
@@ -136,6 +136,11 @@ class LanguageEngine:
     @property
     def device(self) -> torch.device:
         return self._runner.device
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of KV that are found again together."""
+        return self._scheduler.blocks.block_size
 
     @property
     def launches_ahead(self) -> bool:
@@ -370,7 +375,10 @@ def _check(sequence: Sequence, max_model_len: int, vocab_size: int) -> None:
 
 def _check_spans(sequence: Sequence) -> None:
     end = 0
+    end_rows: dict[int, int] = {}  # by image
     for span in sequence.image_spans:
         if span.start < end or span.num_tokens < 1 or span.end > sequence.num_prompt_tokens:
             raise InvalidRequest(f"image {span.image_index} does not lie in the prompt, or images overlap")
-        end = span.end
+        if span.first_row < end_rows.get(span.image_index, 0):
+            raise InvalidRequest(f"rows of image {span.image_index} are out of order")
+        end, end_rows[span.image_index] = span.end, span.end_row

@@ -5,7 +5,9 @@ count that covers them, and never change afterwards. Knows nothing of requests, 
 """
 
 import bisect
+import hashlib
 import itertools
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +50,14 @@ class FeatureLayout:
             return self.tokens_per_tile, self.tokens_per_tile // FLASH_COMPRESSION
         return (self.tokens_per_tile,)
 
+    def num_tiles(self, max_num_tokens: int) -> int:
+        """Of an image with so many tokens where no tile is compressed."""
+        return max_num_tokens // self.tokens_per_tile
+
+    def min_num_tokens(self, max_num_tokens: int) -> int:
+        """Of the same image where every tile is."""
+        return self.num_tiles(max_num_tokens) * min(self.tile_sizes)
+
 
 class FeatureImage:
     """Rows of one image. Tiles may arrive in any order; the ready prefix is what the engine sees."""
@@ -55,7 +65,8 @@ class FeatureImage:
     def __init__(self, key: ImageKey, layout: FeatureLayout) -> None:
         self.key = key
         self.num_bytes = key.max_num_tokens * layout.row_bytes  # the reservation; shrinks to what came
-        self.num_tiles = key.max_num_tokens // layout.tokens_per_tile
+        self.num_tiles = layout.num_tiles(key.max_num_tokens)
+        self._layout = layout
         self.attempt = 0
         self.num_users = 0
         self.pending: OrderedDict[FrameHeader, torch.Tensor] = OrderedDict()  # placed, not committed
@@ -68,14 +79,36 @@ class FeatureImage:
     def is_complete(self) -> bool:
         return len(self._prefix) == self.num_tiles
 
+    @property
+    def tile_tokens(self) -> list[int]:
+        """Rows of each tile. Where they can differ: of the ready prefix, so of all once the image is complete."""
+        if self._layout.is_flash:
+            return [len(tile) for tile in self._prefix]
+        return [self._layout.tokens_per_tile] * self.num_tiles
+
+    @property
+    def min_num_tokens(self) -> int:
+        """Rows it will have at least, from what has come."""
+        num_open = self.num_tiles - len(self._prefix)
+        return self.num_ready_tokens + num_open * min(self._layout.tile_sizes)
+
+    @property
+    def rows_hash(self) -> bytes:
+        """Equal for images of which the same row is the same: row 64 of an image may begin its second tile, or not, if
+        it is encoded again elsewhere and a tile that was nearly compressed then is now."""
+        if not self._layout.is_flash:
+            return self.key.mm_hash
+        sizes = self.tile_tokens
+        return hashlib.blake2b(self.key.mm_hash + struct.pack(f"<{len(sizes)}I", *sizes), digest_size=32).digest()
+
     def is_ready(self, tile: int) -> bool:
         return self._tiles[tile] is not None
 
     def link(self, first_tile: int, tiles: Sequence[torch.Tensor]) -> None:
-        """Make tiles ready, those that were not."""
-        for index, rows in enumerate(tiles, first_tile):
-            if self._tiles[index] is None:
-                self._tiles[index] = rows
+        """Make tiles ready, those that were not. They share the memory of ``tiles`` only if they need all of it."""
+        new = [index for index in range(len(tiles)) if not self.is_ready(first_tile + index)]
+        for index in new:
+            self._tiles[first_tile + index] = tiles[index] if len(new) == len(tiles) else tiles[index].clone()
         for ready in itertools.takewhile(lambda rows: rows is not None, self._tiles[len(self._prefix) :]):
             assert ready is not None
             self._prefix.append(ready)

@@ -25,7 +25,7 @@ from typing_extensions import Buffer
 from common.service import metrics
 from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from language_server.feature_image import FeatureImage, FeatureLayout, ImageKey
-from protos.frame import FeatureDtypeName, FrameHeader, FrameRejected, checksum, is_signed_by
+from protos.frame import MAX_TILES, FeatureDtypeName, FrameHeader, FrameRejected, checksum, is_signed_by
 
 TORCH_DTYPES: Final[Mapping[FeatureDtypeName, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
@@ -64,9 +64,24 @@ class Lease:
         return all(image.is_complete for image in self._images)
 
     @property
-    def num_image_tokens(self) -> list[int]:
-        """Rows of each image so far: its true size once it is complete."""
-        return [image.num_ready_tokens for image in self._images]
+    def awaited(self) -> set[int]:
+        """Indices of the images that are not complete."""
+        return {index for index, image in enumerate(self._images) if not image.is_complete}
+
+    @property
+    def tile_tokens(self) -> list[list[int]]:
+        """Rows of each tile of each image, as far as they are known: see ``FeatureImage.tile_tokens``."""
+        return [image.tile_tokens for image in self._images]
+
+    @property
+    def rows_hashes(self) -> list[bytes]:
+        """What names the rows of each image in the prefix cache."""
+        return [image.rows_hash for image in self._images]
+
+    @property
+    def min_num_tokens(self) -> int:
+        """Rows that all images will have at least."""
+        return sum(image.min_num_tokens for image in self._images)
 
     async def wait_complete(self, timeout: float) -> None:
         """Wait until every image is here.
@@ -113,7 +128,7 @@ class FeatureStore:
         on_ready: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._layout = layout
+        self.layout = layout
         self._capacity_bytes = capacity_bytes
         self._max_waiting = max_waiting
         self._on_ready = on_ready
@@ -150,7 +165,7 @@ class FeatureStore:
             Overloaded: too many requests wait already.
             DeadlineExceeded: no space in time.
         """
-        self._check_keys(keys)
+        self.check(keys)
         if request_id in self._leases or any(waiter.request_id == request_id for waiter in self._waiting):
             raise InvalidRequest("the request id is in use", param="request_id")
         expires = self._clock() + lifetime
@@ -159,6 +174,25 @@ class FeatureStore:
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded("too many requests wait for feature memory")
         return await self._wait_in_line(_Waiter(request_id, keys, expires, asyncio.Future()), timeout)
+
+    def check(self, keys: Sequence[ImageKey]) -> None:
+        """Raises InvalidRequest for images that can never be held."""
+        for index, key in enumerate(keys):
+            num_tiles, rest = divmod(key.max_num_tokens, self.layout.tokens_per_tile)
+            if num_tiles <= 0 or rest:
+                raise InvalidRequest(
+                    f"{key.max_num_tokens} tokens are no whole number of tiles", param=f"images[{index}].max_num_tokens"
+                )
+            if num_tiles > MAX_TILES:
+                raise InvalidRequest(
+                    f"an image of {num_tiles} tiles; at most {MAX_TILES} can be sent",
+                    code="too_many_media_items",
+                    param=f"images[{index}].max_num_tokens",
+                )
+        if self._num_bytes(set(keys)) > self._capacity_bytes:
+            raise InvalidRequest(
+                "the images need more feature memory than this server has", code="too_many_media_items"
+            )
 
     def release(self, lease: Lease) -> None:
         """End of a request; see ``Lease.release``."""
@@ -172,19 +206,8 @@ class FeatureStore:
         self._grant_waiting()
         self._export_metrics()
 
-    def _check_keys(self, keys: Sequence[ImageKey]) -> None:
-        for index, key in enumerate(keys):
-            if key.max_num_tokens <= 0 or key.max_num_tokens % self._layout.tokens_per_tile:
-                raise InvalidRequest(
-                    f"{key.max_num_tokens} tokens are no whole number of tiles", param=f"images[{index}].max_num_tokens"
-                )
-        if self._num_bytes(set(keys)) > self._capacity_bytes:
-            raise InvalidRequest(
-                "the images need more feature memory than this server has", code="too_many_media_items"
-            )
-
     def _num_bytes(self, keys: set[ImageKey]) -> int:
-        return sum(key.max_num_tokens for key in keys) * self._layout.row_bytes
+        return sum(key.max_num_tokens for key in keys) * self.layout.row_bytes
 
     def _fits(self, keys: Sequence[ImageKey]) -> bool:
         """Whether the request's images fit beside those in use, once nothing is kept only for reuse."""
@@ -192,7 +215,7 @@ class FeatureStore:
         for key in set(keys):
             resident = self._resident.get(key)
             if resident is None:
-                num_bytes += key.max_num_tokens * self._layout.row_bytes
+                num_bytes += key.max_num_tokens * self.layout.row_bytes
             elif not resident.num_users:
                 num_bytes += resident.num_bytes
         return self.reserved_bytes + num_bytes <= self._capacity_bytes
@@ -202,7 +225,7 @@ class FeatureStore:
         tickets: dict[int, _Ticket] = {}
         for index, key in enumerate(keys):
             if key not in images:
-                images[key] = self._resident.get(key) or FeatureImage(key, self._layout)
+                images[key] = self._resident.get(key) or FeatureImage(key, self.layout)
                 if images[key].is_complete:
                     self._resident.move_to_end(key)
                     metrics.LANGUAGE_FEATURES_REUSED.inc()
@@ -302,7 +325,7 @@ class FeatureStore:
 
     def place(self, header: FrameHeader, packed_header: Buffer) -> memoryview:
         """Memory for one frame; see ``FrameSink.place``. Nothing is allocated before the header passed every check."""
-        if header.fingerprint != self._layout.fingerprint:
+        if header.fingerprint != self.layout.fingerprint:
             raise FrameRejected("fingerprint", "features of another checkpoint")
         lease = self._find_lease(header.request_id)
         ticket = lease.tickets.get(header.image_index)
@@ -353,7 +376,7 @@ class FeatureStore:
             raise FrameRejected("stale", f"attempt {header.attempt} after {image.attempt}")
 
     def _check_shape(self, header: FrameHeader, image: FeatureImage) -> None:
-        layout = self._layout
+        layout = self.layout
         if header.dtype != layout.dtype:
             raise FrameRejected("dtype", f"{header.dtype}, expected {layout.dtype}")
         if header.hidden_size != layout.hidden_size:
@@ -372,7 +395,7 @@ class FeatureStore:
         """A complete image takes its true size and can serve other requests."""
         image.pending.clear()
         self.num_awaited -= 1
-        true_bytes = image.num_ready_tokens * self._layout.row_bytes
+        true_bytes = image.num_ready_tokens * self.layout.row_bytes
         self.reserved_bytes -= image.num_bytes - true_bytes
         image.num_bytes = true_bytes
         self._resident.setdefault(image.key, image)

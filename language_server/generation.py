@@ -24,10 +24,12 @@ from language_server.engine_thread import EngineThread
 from language_server.feature_image import ImageKey
 from language_server.features import FeatureStore, Lease
 from language_server.grammar import GrammarCompiler, GrammarState
+from language_server.prelude import make_prelude
 from language_server.prompt import Prompt, PromptBuilder
+from language_server.prompt_size import PromptSize
 from language_server.reasoning import ReasoningSplitter
-from language_server.request import check_request, for_each_choice, sampling_params
-from language_server.sequence import FinishReason, SamplingParams, Sequence
+from language_server.request import check_context, check_request, for_each_choice, sampling_params
+from language_server.sequence import FinishReason, Sequence
 from language_server.tokenizer import Tokenizer
 from protos.language_pb2 import (
     Admitted,
@@ -42,6 +44,8 @@ from protos.status_pb2 import Endpoint, FeatureDtype
 
 _INLINE_CHARS: Final = 4096
 """Longer texts are tokenised in another thread, so that they do not hold up everybody's tokens."""
+_BLOCK_CHARS: Final = 50
+"""A block of images takes as long as so much text: each frame of a video has one."""
 _COMPILE_SECONDS: Final = 10.0
 """The worst schema found takes three, a usual one some milliseconds."""
 
@@ -59,11 +63,11 @@ class Backend:
     compiling: Executor
     deliver_to: Items[Endpoint]
     feature_dtype: FeatureDtype
-    is_flash: bool
     has_priorities: bool  # else all requests have the same
     eos_token_ids: frozenset[int]
     vocab_size: int
     max_model_len: int  # tokens
+    block_size: int  # tokens
     max_choices: int
     max_stream_events: int
     feature_timeout: float  # seconds
@@ -80,16 +84,17 @@ class Generation:
         self._arrived = time.monotonic()
         self._admitted = self._arrived
         self._features_complete: float | None = None
+        self._held_seconds = 0.0  # between admission and the engine, because the prompt's length was open
         self._lease: Lease | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._prelude: Sequence | None = None
         self._grammar: GrammarState | None = None
         self._choices: dict[int, Choice] = {}  # by seq_id
         self._inbox: deque[StepOutput] = deque()
         self._failure: DvdError | None = None
         self._news = asyncio.Event()
         self._is_closed = False
-        self._num_prompt_tokens = 0
-        self._num_image_tokens = 0
+        self._size = PromptSize()
 
     async def events(self) -> AsyncIterator[GenerateEvent]:
         """One Admitted, then Tokens, then one Finished per choice.
@@ -100,19 +105,20 @@ class Generation:
             DeadlineExceeded: the time is up, or features did not arrive.
             Unavailable: the engine has died.
         """
-        request, backend = self._request, self._backend
+        request, backend, layout = self._request, self._backend, self._backend.features.layout
         check_request(request, vocab_size=backend.vocab_size, max_choices=backend.max_choices)
         backend.engine.check_room(request.sampling.n)
+        keys = [ImageKey(image.mm_hash, image.max_num_tokens) for image in request.images]
+        backend.features.check(keys)
         prompt = await self._tokenise()
+        self._check_context(prompt, sum(layout.min_num_tokens(key.max_num_tokens) for key in keys))
         self._grammar = await self._compile_grammar()
-        num_prompt_tokens = prompt.num_text_tokens + sum(image.max_num_tokens for image in request.images)
-        sampling = sampling_params(request, num_prompt_tokens, backend.max_model_len)
-        lease = await self._reserve()
-        yield GenerateEvent(admitted=self._admission(num_prompt_tokens, lease))
-        if backend.is_flash:  # the prompt's length is known only when all tiles have come
-            await lease.wait_complete(min(backend.feature_timeout, self._remaining()))
-            self._features_complete = time.monotonic()
-        for choice in self._prepare(prompt, sampling, lease):
+        lease = await self._reserve(keys)
+        self._check_context(prompt, lease.min_num_tokens)
+        yield GenerateEvent(admitted=self._admission(prompt, lease))
+        if layout.is_flash and not lease.is_complete:
+            await self._learn_length(prompt, lease)
+        for choice in self._prepare(prompt, lease):
             if (finish_reason := choice.replay(backend.eos_token_ids)) is not None:
                 yield self._finish(choice, finish_reason)
         self._start()
@@ -129,17 +135,24 @@ class Generation:
             self._watcher.cancel()
         release = self._lease.release if self._lease is not None else lambda: None
         # Feature memory goes back only after the engine has let go of the sequences that read it.
-        self._backend.engine.abort(list(self._choices), release)
+        self._backend.engine.abort(self._seq_ids, release)
         self._observe()
 
     # --- before the engine
 
     async def _tokenise(self) -> Prompt:
-        messages, num_images = self._request.messages, len(self._request.images)
-        build = partial(self._backend.prompts.build, messages, num_images, thinking=self._request.thinking)
-        if sum(len(part.text) for message in messages for part in message.parts) < _INLINE_CHARS:
+        messages, layout = self._request.messages, self._backend.features.layout
+        num_tiles = [layout.num_tiles(image.max_num_tokens) for image in self._request.images]
+        build = partial(self._backend.prompts.build, messages, num_tiles, thinking=self._request.thinking)
+        if sum(len(part.text) or _BLOCK_CHARS for message in messages for part in message.parts) < _INLINE_CHARS:
             return build()
         return await asyncio.get_running_loop().run_in_executor(self._backend.tokenising, build)
+
+    def _check_context(self, prompt: Prompt, num_rows: int) -> None:
+        """Whether the prompt may fit, with so many rows of images at least."""
+        is_flash = self._backend.features.layout.is_flash
+        num_tokens = prompt.num_text_tokens + num_rows
+        check_context(num_tokens, self._backend.max_model_len, may_be_longer=is_flash and num_rows > 0)
 
     async def _compile_grammar(self) -> GrammarState | None:
         """Where the reply's grammar begins, or goes on where a lost server left it; None: free text."""
@@ -167,8 +180,7 @@ class Generation:
         state.replay(self._request.output_token_ids)
         return state
 
-    async def _reserve(self) -> Lease:
-        keys = [ImageKey(image.mm_hash, image.max_num_tokens) for image in self._request.images]
+    async def _reserve(self, keys: Items[ImageKey]) -> Lease:
         remaining = self._remaining()
         lease = await self._backend.features.reserve(
             self._request.request_id, keys, timeout=remaining, lifetime=remaining
@@ -179,20 +191,55 @@ class Generation:
         self._lease = lease
         return lease
 
-    def _admission(self, num_prompt_tokens: int, lease: Lease) -> Admitted:
+    def _admission(self, prompt: Prompt, lease: Lease) -> Admitted:
         self._admitted = time.monotonic()
         return Admitted(
             missing=[ImageTicket(image_index=index, ticket=ticket) for index, ticket in lease.missing.items()],
             deliver_to=self._backend.deliver_to if lease.missing else (),
             dtype=self._backend.feature_dtype,
-            num_prompt_tokens=num_prompt_tokens,
+            num_prompt_tokens=prompt.num_text_tokens + sum(image.max_num_tokens for image in self._request.images),
         )
 
-    def _prepare(self, prompt: Prompt, sampling: SamplingParams, lease: Lease) -> Items[Choice]:
+    async def _learn_length(self, prompt: Prompt, lease: Lease) -> None:
+        """Wait for all tiles of a Flash checkpoint's images: only then it is known how long the prompt is. What stands
+        before the first of them is computed meanwhile."""
+        self._begin_prelude(prompt, lease)
+        self._watcher = asyncio.create_task(self._watch_features(lease))
+        while self._features_complete is None:
+            await self._wait_for_news()
+        self._held_seconds = self._features_complete - self._admitted
+
+    def _begin_prelude(self, prompt: Prompt, lease: Lease) -> None:
+        self._check_open()
+        backend = self._backend
+        prelude = make_prelude(
+            prompt,
+            self._request,
+            lease,
+            seq_id=next(backend.seq_ids),
+            block_size=backend.block_size,
+            priority=self._priority,
+        )
+        if prelude is not None:
+            backend.engine.add([prelude], self)
+            self._prelude = prelude
+
+    def _end_prelude(self) -> int:
+        """Let go of it; returns how many tokens it has computed."""
+        prelude, self._prelude = self._prelude, None
+        if prelude is None:
+            return 0
+        num_tokens = prelude.num_computed_tokens - prelude.num_cached_tokens
+        self._backend.engine.abort([prelude.seq_id])
+        return num_tokens
+
+    def _prepare(self, prompt: Prompt, lease: Lease) -> Items[Choice]:
         request, backend = self._request, self._backend
-        counts = lease.num_image_tokens if backend.is_flash else [image.max_num_tokens for image in request.images]
-        ids, spans = prompt.lay_out(counts, [image.mm_hash for image in request.images])
-        self._num_prompt_tokens, self._num_image_tokens = len(ids), sum(counts)
+        tile_tokens = lease.tile_tokens
+        ids, spans = prompt.lay_out(tile_tokens, lease.rows_hashes)
+        self._size = PromptSize.of(len(ids), request.images, [sum(sizes) for sizes in tile_tokens])
+        sampling = sampling_params(request, len(ids), backend.max_model_len)
+        num_prepared_tokens = self._end_prelude()
         for index, own_sampling in enumerate(for_each_choice(sampling, request.sampling.n)):
             sequence = Sequence(
                 seq_id=next(backend.seq_ids),
@@ -203,7 +250,8 @@ class Generation:
                 output_token_ids=list(request.output_token_ids),
                 cache_scope=request.cache_scope,
                 constraint=self._grammar.copy() if self._grammar is not None else None,
-                priority=request.priority if backend.has_priorities else 0,
+                priority=self._priority,
+                num_prepared_tokens=num_prepared_tokens,
             )
             detokenizer = IncrementalDetokenizer(
                 backend.tokenizer,
@@ -215,9 +263,21 @@ class Generation:
             self._choices[sequence.seq_id] = Choice(index, sequence, detokenizer, splitter, backend.tokenizer)
         return list(self._choices.values())
 
-    def _start(self) -> None:
+    @property
+    def _priority(self) -> int:
+        return self._request.priority if self._backend.has_priorities else 0
+
+    @property
+    def _seq_ids(self) -> list[int]:
+        """Of all that the engine may have of this call."""
+        return list(self._choices) if self._prelude is None else [self._prelude.seq_id, *self._choices]
+
+    def _check_open(self) -> None:
         if self._is_closed:
             raise Cancelled("the caller has left")
+
+    def _start(self) -> None:
+        self._check_open()
         sequences = [choice.sequence for choice in self._choices.values() if not choice.is_finished]
         if not sequences:
             return
@@ -232,11 +292,13 @@ class Generation:
             self.on_failure(error)
         else:
             self._features_complete = time.monotonic()
+            self._news.set()
 
     # --- SequenceSink
 
     def on_start(self, seq_id: int, when: float) -> None:
-        self._choices[seq_id].started = when
+        if (choice := self._choices.get(seq_id)) is not None:  # else the prelude
+            choice.started = when
 
     def on_output(self, output: StepOutput) -> None:
         if len(self._inbox) >= self._backend.max_stream_events:
@@ -249,21 +311,24 @@ class Generation:
         """Nothing more will come: the engine stops working for this call at once, its reader hears of it next."""
         self._failure = self._failure or error
         self._news.set()
-        self._backend.engine.abort(list(self._choices))
+        self._backend.engine.abort(self._seq_ids)
 
     # --- after the engine
 
     async def _next_output(self) -> StepOutput:
         while not self._inbox or self._failure is not None:
-            if self._failure is not None:
-                raise self._failure
-            self._news.clear()
-            try:
-                async with asyncio.timeout(self._remaining()):
-                    await self._news.wait()
-            except TimeoutError:
-                raise DeadlineExceeded("the request's time is up") from None
+            await self._wait_for_news()
         return self._inbox.popleft()
+
+    async def _wait_for_news(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._news.clear()
+        try:
+            async with asyncio.timeout(self._remaining()):
+                await self._news.wait()
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time is up") from None
 
     def _on_output(self, output: StepOutput) -> Iterator[GenerateEvent]:
         choice = self._choices[output.seq_id]
@@ -281,11 +346,13 @@ class Generation:
         choice.is_finished = True
         reasoning, text = choice.flush()
         usage = Usage(
-            prompt_tokens=self._num_prompt_tokens,
+            prompt_tokens=self._size.num_tokens,
             completion_tokens=choice.num_tokens,
             reasoning_tokens=choice.num_reasoning_tokens,
             cached_tokens=choice.sequence.num_cached_tokens,
-            image_tokens=self._num_image_tokens,
+            image_tokens=self._size.num_image_tokens,
+            video_tokens=self._size.num_video_tokens,
+            saved_tokens=self._size.num_saved_tokens,
         )
         return GenerateEvent(
             finished=Finished(
@@ -308,7 +375,7 @@ class Generation:
 
     def _timings(self, choice: Choice) -> LanguageTimings:
         return LanguageTimings(
-            queue_ms=_milliseconds(self._arrived, choice.started),
+            queue_ms=_milliseconds(self._arrived + self._held_seconds, choice.started),
             feature_wait_ms=_milliseconds(self._admitted, self._features_complete),
             prefill_ms=_milliseconds(choice.started, choice.first_token),
             decode_ms=_milliseconds(choice.first_token, choice.last_token),
@@ -329,8 +396,7 @@ class Generation:
             metrics.LANGUAGE_PREFILL_SECONDS.observe(timings.prefill_ms / 1000)
             metrics.LANGUAGE_DECODE_SECONDS.observe(timings.decode_ms / 1000)
         if self._choices:
-            metrics.LANGUAGE_PROMPT_TOKENS.labels("image").inc(self._num_image_tokens)
-            metrics.LANGUAGE_PROMPT_TOKENS.labels("text").inc(self._num_prompt_tokens - self._num_image_tokens)
+            self._size.count()
 
 
 def _milliseconds(start: float | None, end: float | None) -> float:

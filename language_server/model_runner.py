@@ -14,11 +14,12 @@ from typing import Protocol
 
 import torch
 
+from common.model.graphs import Capture
 from common.service.errors import InternalError
 from language_server.attention.base import AttentionBackend, BatchLayout, KVCache
 from language_server.attention.paged import ForwardContext
 from language_server.backbone import LanguageBackbone
-from language_server.cuda_graphs import Capture, DecodeGraphs, is_decode_only
+from language_server.cuda_graphs import DecodeGraphs, is_decode_only
 from language_server.in_flight import UnknownTokens
 from language_server.scheduler import ImageReadiness, ScheduledChunk
 from language_server.transfer import to_device
@@ -82,15 +83,15 @@ class ModelRunner:
 
     def prepare(self, chunk: ScheduledChunk) -> PreparedChunk:
         """Collect the image rows a chunk needs. Raises DvdError if they do not fit its placeholders."""
-        rows = []
-        for span in chunk.sequence.image_spans:
+        if not chunk.sequence.has_images:
+            return PreparedChunk(chunk, ())
+        rows, request_id = [], chunk.sequence.request_id
+        for span in chunk.sequence.image_spans.overlapping(chunk.start, chunk.end):
             start, end = max(span.start, chunk.start), min(span.end, chunk.end)
-            if start < end:
-                values = self._embeds.rows(
-                    chunk.sequence.request_id, span.image_index, start - span.start, end - span.start
-                )
-                self._check_rows(values, end - start)
-                rows.append((start - chunk.start, values))
+            first_row = span.row_at(start)
+            values = self._embeds.rows(request_id, span.image_index, first_row, first_row + end - start)
+            self._check_rows(values, end - start)
+            rows.append((start - chunk.start, values))
         return PreparedChunk(chunk, rows)
 
     @torch.inference_mode()

@@ -5,14 +5,15 @@ tokens all text is encoded as one string, so that the ids are those of tokenisin
 nothing of features or scheduling.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import Final, Protocol
 
 from common.service.errors import CheckpointError, InvalidRequest
-from language_server.sequence import ImageSpan
+from language_server.image_spans import ImageSpan, ImageSpans
 from language_server.tokenizer import Tokenizer
-from protos.language_pb2 import ChatMessage
+from protos.language_pb2 import ChatMessage, ContentPart
 
 IMAGE_START: Final = "<img>"
 IMAGE_END: Final = "</img>"
@@ -42,13 +43,15 @@ class Special:
 
 
 @dataclass(frozen=True, slots=True)
-class ImagePlace:
-    """Where the placeholders of one image go."""
+class Piece:
+    """Where the placeholders of neighbouring tiles of one image go."""
 
     image_index: int
+    first_tile: int = 0
+    end_tile: int | None = None  # None: all from the first on
 
 
-Segment = str | Special | ImagePlace
+Segment = str | Special | Piece
 
 
 class Template(Protocol):
@@ -121,41 +124,68 @@ TEMPLATES: Final[dict[str, Template]] = {
 
 def _content(message: ChatMessage) -> Iterator[Segment]:
     for part in message.parts:
-        if part.WhichOneof("part") != "image_index":
+        pieces = _pieces(part)
+        if pieces is None:
             yield part.text
             continue
         yield Special(IMAGE_START)
-        yield ImagePlace(part.image_index)
+        yield from pieces
         yield Special(IMAGE_END)
         if not message.inline_images:
             yield "\n"
 
 
+def _pieces(part: ContentPart) -> list[Piece] | None:
+    """What a block of images is made of; None: the part is text."""
+    match part.WhichOneof("part"):
+        case "image_index":
+            return [Piece(part.image_index)]
+        case "block":
+            return [
+                Piece(
+                    piece.image_index, piece.first_tile, piece.first_tile + piece.num_tiles if piece.num_tiles else None
+                )
+                for piece in part.block.pieces
+            ]
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A tokenised prompt whose images have no size yet: runs of ids, and image indices between them."""
+    """A tokenised prompt whose tiles have no size yet: runs of ids, and pieces of images between them."""
 
-    runs: tuple[list[int] | int, ...]
+    runs: tuple[list[int] | Piece, ...]
     image_token_id: int
 
     @property
     def num_text_tokens(self) -> int:
         return sum(len(run) for run in self.runs if isinstance(run, list))
 
-    def lay_out(self, num_image_tokens: Sequence[int], mm_hashes: Sequence[bytes]) -> tuple[list[int], list[ImageSpan]]:
-        """Ids with ``num_image_tokens[i]`` placeholders for image ``i``, and where they lie.
+    def before(self, image_indices: Container[int]) -> "Prompt":
+        """What stands before the first piece of any of these images."""
+
+        def is_before(run: list[int] | Piece) -> bool:
+            return isinstance(run, list) or run.image_index not in image_indices
+
+        return Prompt(tuple(takewhile(is_before, self.runs)), self.image_token_id)
+
+    def lay_out(self, tile_tokens: Sequence[Sequence[int]], mm_hashes: Sequence[bytes]) -> tuple[list[int], ImageSpans]:
+        """Ids with ``tile_tokens[i][t]`` placeholders for tile ``t`` of image ``i``, and where they lie.
 
         The rule rows == placeholders is made true here: both counts come from the same place.
         """
+        first_rows = [list(accumulate(sizes, initial=0)) for sizes in tile_tokens]
         ids: list[int] = []
         spans: list[ImageSpan] = []
         for run in self.runs:
             if isinstance(run, list):
                 ids += run
                 continue
-            spans.append(ImageSpan(run, len(ids), num_image_tokens[run], mm_hashes[run]))
-            ids += [self.image_token_id] * num_image_tokens[run]
-        return ids, spans
+            starts = first_rows[run.image_index]
+            start, end = starts[run.first_tile], starts[-1 if run.end_tile is None else run.end_tile]
+            spans.append(ImageSpan(run.image_index, len(ids), end - start, mm_hashes[run.image_index], start))
+            ids += [self.image_token_id] * (end - start)
+        return ids, ImageSpans(spans)
 
 
 class PromptBuilder:
@@ -192,21 +222,22 @@ class PromptBuilder:
         token_id, parts = self._tokenizer.token_id, self._template.reply_header
         return tuple(token_id(part.text) if isinstance(part, Special) else part for part in parts)
 
-    def build(self, messages: Sequence[ChatMessage], num_images: int, *, thinking: bool = False) -> Prompt:
-        """Tokenise a conversation in which each of ``num_images`` images has exactly one place.
+    def build(self, messages: Sequence[ChatMessage], num_tiles: Sequence[int], *, thinking: bool = False) -> Prompt:
+        """Tokenise a conversation in which each of the ``num_tiles[i]`` tiles of image ``i`` has exactly one place,
+        behind that of the tile before.
 
         Args:
             thinking: the system message asks for thoughts first; a client's own follows in the same turn.
 
         Raises:
-            InvalidRequest: no messages, an unknown role, an image outside a user message, images and places that do
-                not match, or thoughts of a chat format that has none in its text.
+            InvalidRequest: no messages, an unknown role, an image outside a user message, tiles and places that do
+                not match (``image_marker_mismatch``), or thoughts of a chat format that has none in its text.
         """
-        _check(messages, num_images)
+        _check(messages, num_tiles)
         if thinking and not self._template.thinks_in_tags:
             message = "thinking is not supported with the chat format of this model"
             raise InvalidRequest(message, code="unsupported_parameter", param="chat_template_kwargs.enable_thinking")
-        runs: list[list[int] | int] = [list(self._tokenizer.prefix_ids)]
+        runs: list[list[int] | Piece] = [list(self._tokenizer.prefix_ids)]
         text = ""
         opened = _with_thinking_message(messages) if thinking else self._with_system_message(messages)
         for segment in self._template.render(opened):
@@ -218,8 +249,8 @@ class PromptBuilder:
             if isinstance(segment, Special):
                 ids.append(self._tokenizer.token_id(segment.text))
             _extend(runs, ids)
-            if isinstance(segment, ImagePlace):
-                runs.append(segment.image_index)
+            if isinstance(segment, Piece):
+                runs.append(segment)
         if text:
             _extend(runs, self._tokenizer.encode(text))
         return Prompt(tuple(runs), self._image_token_id)
@@ -238,27 +269,47 @@ def _with_thinking_message(messages: Sequence[ChatMessage]) -> Sequence[ChatMess
     return [ChatMessage(role="system", parts=[{"text": f"{THINKING_MESSAGE}\n\n"}, *first.parts]), *others]
 
 
-def _extend(runs: list[list[int] | int], ids: list[int]) -> None:
+def _extend(runs: list[list[int] | Piece], ids: list[int]) -> None:
+    if not ids:
+        return
     if runs and isinstance(runs[-1], list):
         runs[-1] += ids
     else:
         runs.append(ids)
 
 
-def _check(messages: Sequence[ChatMessage], num_images: int) -> None:
+def _check(messages: Sequence[ChatMessage], num_tiles: Sequence[int]) -> None:
     if not messages:
         raise InvalidRequest("a conversation needs at least one message", param="messages")
-    places: list[int] = []
+    pieces: list[Piece] = []
     for position, message in enumerate(messages):
         if message.role not in ROLES:
             raise InvalidRequest(f"unknown role {message.role[:64]!r}", param=f"messages[{position}].role")
-        images = [part.image_index for part in message.parts if part.WhichOneof("part") == "image_index"]
-        if images and message.role != "user":
+        blocks = [block for part in message.parts if (block := _pieces(part)) is not None]
+        if blocks and message.role != "user":
             raise InvalidRequest("images belong in user messages", param=f"messages[{position}]")
-        places += images
-    if sorted(places) != list(range(num_images)):
-        raise InvalidRequest(
-            f"{num_images} images for {len(places)} places in the messages",
-            code="image_marker_mismatch",
-            param="messages",
-        )
+        if not all(blocks):
+            raise InvalidRequest("a block without an image", param=f"messages[{position}]")
+        pieces += [piece for block in blocks for piece in block]
+    _check_places(pieces, num_tiles)
+
+
+def _check_places(pieces: Sequence[Piece], num_tiles: Sequence[int]) -> None:
+    """Every tile of every image has one place, and those of one image come in order."""
+    num_placed = [0] * len(num_tiles)
+    for piece in pieces:
+        index = piece.image_index
+        if index >= len(num_tiles):
+            raise _mismatch(f"image {index} of {len(num_tiles)}")
+        end_tile = num_tiles[index] if piece.end_tile is None else piece.end_tile
+        if piece.first_tile != num_placed[index] or not piece.first_tile < end_tile <= num_tiles[index]:
+            raise _mismatch(f"tiles {piece.first_tile} to {end_tile} of the {num_tiles[index]} of image {index}")
+        num_placed[index] = end_tile
+    for index, (placed, number) in enumerate(zip(num_placed, num_tiles, strict=True)):
+        if placed != number:
+            raise _mismatch(f"{placed} places for the {number} tiles of image {index}")
+
+
+def _mismatch(detail: str) -> InvalidRequest:
+    message = f"images and their places in the messages do not match: {detail}"
+    return InvalidRequest(message, code="image_marker_mismatch", param="messages")

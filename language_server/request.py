@@ -74,20 +74,29 @@ def _check_ranges(sampling: Wanted, vocab_size: int) -> None:
         raise InvalidRequest("too many stop strings, or an empty one", param="stop")
 
 
+def check_context(num_prompt_tokens: int, max_model_len: int, *, may_be_longer: bool = False) -> None:
+    """Raises InvalidRequest where a prompt leaves no room for a reply (``context_length_exceeded``).
+
+    ``may_be_longer``: the number is only what the prompt has at least.
+    """
+    if num_prompt_tokens >= max_model_len:
+        number = f"at least {num_prompt_tokens}" if may_be_longer else str(num_prompt_tokens)
+        raise InvalidRequest(
+            f"the prompt has {number} tokens, prompt and reply together may have {max_model_len}",
+            code="context_length_exceeded",
+            param="messages",
+        )
+
+
 def sampling_params(request: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> SamplingParams:
     """The request's sampling, ``max_tokens`` clamped to the room that the prompt leaves.
 
     Raises:
         InvalidRequest: there is none (``context_length_exceeded``).
     """
+    check_context(num_prompt_tokens, max_model_len)
     wanted = request.sampling
     room = max_model_len - num_prompt_tokens
-    if room <= 0:
-        raise InvalidRequest(
-            f"the prompt has {num_prompt_tokens} tokens, prompt and reply together may have {max_model_len}",
-            code="context_length_exceeded",
-            param="messages",
-        )
     max_tokens = min(wanted.max_tokens or room, room)
     return SamplingParams(
         max_tokens=max_tokens,

@@ -13,6 +13,7 @@ Pure Python: no tensors, no clock, no I/O. Deterministic.
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from language_server.block_manager import BlockManager
@@ -146,12 +147,11 @@ class Scheduler:
         """Position of the first token at or after ``num_computed_tokens`` that cannot run yet, or never will."""
         if sequence.is_full:
             return num_computed_tokens
-        for span in sequence.image_spans:
-            if span.end > num_computed_tokens:
-                num_ready = self._readiness.num_ready_tokens(sequence.request_id, span.image_index)
-                if num_ready < span.num_tokens:
-                    return max(span.start + num_ready, num_computed_tokens)
-        return sequence.num_tokens
+        if not sequence.has_images:
+            return sequence.num_tokens
+        num_ready = partial(self._readiness.num_ready_tokens, sequence.request_id)
+        missing = sequence.image_spans.first_missing(num_computed_tokens, num_ready)
+        return sequence.num_tokens if missing is None else missing
 
     def _schedule_decodes(self, plan: _Plan) -> None:
         for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
@@ -204,9 +204,9 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         _insert_last(self.running, sequence)
         if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = num_cached_tokens
+            sequence.num_cached_tokens = max(0, num_cached_tokens - sequence.num_prepared_tokens)
             self.num_prefix_queries += sequence.num_tokens
-            self.num_prefix_hits += num_cached_tokens
+            self.num_prefix_hits += sequence.num_cached_tokens
 
     def _may_start(self, sequence: Sequence, num_cached_tokens: int) -> bool:
         ready_end = self.ready_end(sequence, num_cached_tokens)

@@ -6,9 +6,10 @@ Pure Python. Knows nothing of blocks' contents, tensors, text or the wire.
 import dataclasses
 import enum
 from collections.abc import Mapping
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
+
+from language_server.image_spans import ImageSpans
 
 UNKNOWN_TOKEN: Final = -1
 """In place of a token that the device has chosen and the host does not know yet."""
@@ -47,20 +48,6 @@ class SamplingParams:
     def may_keep_any_number(self) -> bool:
         """Nobody can say beforehand how many tokens ``top_p`` keeps."""
         return self.top_p < 1.0 and self.top_k == 0
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSpan:
-    """Where one image's placeholders lie in the prompt. ``num_tokens`` placeholders <-> as many embedding rows."""
-
-    image_index: int
-    start: int  # token position of the first placeholder
-    num_tokens: int
-    mm_hash: bytes
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
 
 
 class Constraint(Protocol):
@@ -102,12 +89,14 @@ class Sequence:
     request_id: bytes
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    image_spans: Items[ImageSpan] = ()
+    image_spans: ImageSpans = field(default_factory=ImageSpans)
     output_token_ids: list[int] = field(default_factory=list)
     cache_scope: str = ""
     constraint: Constraint | None = None
     priority: int = 0
+    num_prepared_tokens: int = 0  # of the prompt, computed beforehand for this very sequence: finding them is no reuse
 
+    has_images: bool = field(init=False)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     num_computed_tokens: int = field(default=0, init=False)  # KV of the first so many tokens is, or is being, computed
@@ -120,6 +109,7 @@ class Sequence:
     max_num_tokens: int = field(init=False)  # prompt and output; the engine may lower it
 
     def __post_init__(self) -> None:
+        self.has_images = len(self.image_spans) > 0
         self.output_token_ids = list(self.output_token_ids)
         self.token_ids = [*self.prompt_token_ids, *self.output_token_ids]
         self.max_num_tokens = len(self.prompt_token_ids) + self.sampling.max_tokens
@@ -164,10 +154,6 @@ class Sequence:
             or sampling.may_keep_any_number
             or sampling.logprobs is not None
         )
-
-    @property
-    def has_images(self) -> bool:
-        return bool(self.image_spans)
 
     def append(self, token_id: int) -> None:
         """Add a token, or say which one the unknown token is."""

@@ -216,7 +216,7 @@ class LanguageServer:
         self.engine.start(engine, decode_threads)
         # Before the first request that needs it: meanwhile all others would stand still.
         grammars = await asyncio.get_running_loop().run_in_executor(self._compiling, self._make_grammars)
-        self._servicer.backend = self._make_backend(self._deliver_to, engine.max_model_len, grammars)
+        self._servicer.backend = self._make_backend(self._deliver_to, engine, grammars)
         self._model_info.max_model_len = engine.max_model_len  # less where KV memory is short
         self._export_gauges()
         self.board.state = WORKER_STATE_READY
@@ -327,7 +327,7 @@ class LanguageServer:
         vocab_size, header = self.config.vocab_size, self._prompts.reply_header
         return GrammarCompiler(self._tokenizer, vocab_size, self._eos_token_ids, header)
 
-    def _make_backend(self, deliver_to: list[Endpoint], max_model_len: int, grammars: GrammarCompiler) -> Backend:
+    def _make_backend(self, deliver_to: list[Endpoint], engine: LanguageEngine, grammars: GrammarCompiler) -> Backend:
         return Backend(
             prompts=self._prompts,
             grammars=grammars,
@@ -338,11 +338,11 @@ class LanguageServer:
             compiling=self._compiling,
             deliver_to=deliver_to,
             feature_dtype=FEATURE_DTYPE_FLOAT32 if self.dtype == torch.float32 else FEATURE_DTYPE_BFLOAT16,
-            is_flash=self.config.flash is not None,
             has_priorities=self.settings.scheduling_policy == "priority",
             eos_token_ids=self._eos_token_ids,
             vocab_size=self.config.vocab_size,
-            max_model_len=max_model_len,
+            max_model_len=engine.max_model_len,
+            block_size=engine.block_size,
             max_choices=min(MAX_CHOICES, self.settings.max_num_seqs + self.settings.max_num_waiting),
             max_stream_events=self.settings.max_stream_events,
             feature_timeout=self.settings.feature_timeout,
@@ -363,7 +363,7 @@ class LanguageServer:
         )
 
     def _describe_model(self) -> ModelInfo:
-        tiling, generation = self.config.tiling, self.config.generation
+        tiling, generation, flash = self.config.tiling, self.config.generation, self.config.flash
         return ModelInfo(
             model=self.settings.model_name,
             max_model_len=self.max_model_len,
@@ -378,6 +378,9 @@ class LanguageServer:
             default_top_p=generation.top_p,
             default_top_k=generation.top_k,
             default_repetition_penalty=generation.repetition_penalty,
+            is_flash=flash is not None,
+            vir_relative_threshold=0.0 if flash is None else flash.relative_threshold,
+            vir_absolute_threshold=0.0 if flash is None else flash.absolute_threshold,
         )
 
     def _load_report(self) -> LanguageLoad:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import status_pb2 as protos_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/language.proto\x12\x06\x64vd.v1\x1a\x13protos/status.proto\"\xeb\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12%\n\x08messages\x18\x02 \x03(\x0b\x32\x13.dvd.v1.ChatMessage\x12 \n\x06images\x18\x03 \x03(\x0b\x32\x10.dvd.v1.ImageRef\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.dvd.v1.SamplingParams\x12\x13\n\x0b\x63\x61\x63he_scope\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x18\n\x10output_token_ids\x18\x07 \x03(\r\x12\x10\n\x08thinking\x18\x08 \x01(\x08\"V\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\"\n\x05parts\x18\x02 \x03(\x0b\x32\x13.dvd.v1.ContentPart\x12\x15\n\rinline_images\x18\x03 \x01(\x08\"<\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x15\n\x0bimage_index\x18\x02 \x01(\rH\x00\x42\x06\n\x04part\"3\n\x08ImageRef\x12\x0f\n\x07mm_hash\x18\x01 \x01(\x0c\x12\x16\n\x0emax_num_tokens\x18\x02 \x01(\r\"\x9c\x04\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x11\n\x04seed\x18\n \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x0b \x01(\r\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x1b\n\x13skip_special_tokens\x18\x0f \x01(\x08\x12\x39\n\nlogit_bias\x18\x10 \x03(\x0b\x32%.dvd.v1.SamplingParams.LogitBiasEntry\x12\x10\n\x08logprobs\x18\x11 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x12 \x01(\r\x12 \n\x07grammar\x18\x13 \x01(\x0b\x32\x0f.dvd.v1.Grammar\x12\x1a\n\x12separate_reasoning\x18\x14 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05_seed\"\x82\x01\n\x07Grammar\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12!\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x0f.dvd.v1.ChoicesH\x00\x12\r\n\x05param\x18\x05 \x01(\tB\x06\n\x04kind\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\x84\x01\n\rGenerateEvent\x12$\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x10.dvd.v1.AdmittedH\x00\x12\x1e\n\x05token\x18\x02 \x01(\x0b\x32\r.dvd.v1.TokenH\x00\x12$\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x10.dvd.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x96\x01\n\x08\x41\x64mitted\x12$\n\x07missing\x18\x01 \x03(\x0b\x32\x13.dvd.v1.ImageTicket\x12$\n\ndeliver_to\x18\x02 \x03(\x0b\x32\x10.dvd.v1.Endpoint\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.dvd.v1.FeatureDtype\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\"2\n\x0bImageTicket\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\"\x9d\x01\n\x05Token\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12%\n\x07logprob\x18\x04 \x01(\x0b\x32\x14.dvd.v1.TokenLogprob\x12*\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x14.dvd.v1.TokenLogprob\x12\x11\n\treasoning\x18\x06 \x01(\t\"T\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\"\x9a\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1c\n\x05usage\x18\x04 \x01(\x0b\x32\r.dvd.v1.Usage\x12(\n\x07timings\x18\x05 \x01(\x0b\x32\x17.dvd.v1.LanguageTimings\x12\x11\n\treasoning\x18\x06 \x01(\t\"\x80\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x14\n\x0cimage_tokens\x18\x04 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x05 \x01(\r\"c\n\x0fLanguageTimings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x17\n\x0f\x66\x65\x61ture_wait_ms\x18\x02 \x01(\x02\x12\x12\n\nprefill_ms\x18\x03 \x01(\x02\x12\x11\n\tdecode_ms\x18\x04 \x01(\x02\x32\x8b\x01\n\x08Language\x12<\n\x08Generate\x12\x17.dvd.v1.GenerateRequest\x1a\x15.dvd.v1.GenerateEvent0\x01\x12\x41\n\x0bWatchStatus\x12\x1a.dvd.v1.WatchStatusRequest\x1a\x14.dvd.v1.WorkerStatus0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/language.proto\x12\x06\x64vd.v1\x1a\x13protos/status.proto\"\xeb\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12%\n\x08messages\x18\x02 \x03(\x0b\x32\x13.dvd.v1.ChatMessage\x12 \n\x06images\x18\x03 \x03(\x0b\x32\x10.dvd.v1.ImageRef\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.dvd.v1.SamplingParams\x12\x13\n\x0b\x63\x61\x63he_scope\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x18\n\x10output_token_ids\x18\x07 \x03(\r\x12\x10\n\x08thinking\x18\x08 \x01(\x08\"V\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\"\n\x05parts\x18\x02 \x03(\x0b\x32\x13.dvd.v1.ContentPart\x12\x15\n\rinline_images\x18\x03 \x01(\x08\"a\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x15\n\x0bimage_index\x18\x02 \x01(\rH\x00\x12#\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x12.dvd.v1.ImageBlockH\x00\x42\x06\n\x04part\"0\n\nImageBlock\x12\"\n\x06pieces\x18\x01 \x03(\x0b\x32\x12.dvd.v1.ImagePiece\"H\n\nImagePiece\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x12\n\nfirst_tile\x18\x02 \x01(\r\x12\x11\n\tnum_tiles\x18\x03 \x01(\r\"E\n\x08ImageRef\x12\x0f\n\x07mm_hash\x18\x01 \x01(\x0c\x12\x16\n\x0emax_num_tokens\x18\x02 \x01(\r\x12\x10\n\x08is_video\x18\x03 \x01(\x08\"\x9c\x04\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x11\n\x04seed\x18\n \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x0b \x01(\r\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x1b\n\x13skip_special_tokens\x18\x0f \x01(\x08\x12\x39\n\nlogit_bias\x18\x10 \x03(\x0b\x32%.dvd.v1.SamplingParams.LogitBiasEntry\x12\x10\n\x08logprobs\x18\x11 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x12 \x01(\r\x12 \n\x07grammar\x18\x13 \x01(\x0b\x32\x0f.dvd.v1.Grammar\x12\x1a\n\x12separate_reasoning\x18\x14 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05_seed\"\x82\x01\n\x07Grammar\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12!\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x0f.dvd.v1.ChoicesH\x00\x12\r\n\x05param\x18\x05 \x01(\tB\x06\n\x04kind\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\x84\x01\n\rGenerateEvent\x12$\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x10.dvd.v1.AdmittedH\x00\x12\x1e\n\x05token\x18\x02 \x01(\x0b\x32\r.dvd.v1.TokenH\x00\x12$\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x10.dvd.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x96\x01\n\x08\x41\x64mitted\x12$\n\x07missing\x18\x01 \x03(\x0b\x32\x13.dvd.v1.ImageTicket\x12$\n\ndeliver_to\x18\x02 \x03(\x0b\x32\x10.dvd.v1.Endpoint\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.dvd.v1.FeatureDtype\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\"2\n\x0bImageTicket\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\"\x9d\x01\n\x05Token\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12%\n\x07logprob\x18\x04 \x01(\x0b\x32\x14.dvd.v1.TokenLogprob\x12*\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x14.dvd.v1.TokenLogprob\x12\x11\n\treasoning\x18\x06 \x01(\t\"T\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\"\x9a\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1c\n\x05usage\x18\x04 \x01(\x0b\x32\r.dvd.v1.Usage\x12(\n\x07timings\x18\x05 \x01(\x0b\x32\x17.dvd.v1.LanguageTimings\x12\x11\n\treasoning\x18\x06 \x01(\t\"\xac\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x14\n\x0cimage_tokens\x18\x04 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x05 \x01(\r\x12\x14\n\x0cvideo_tokens\x18\x06 \x01(\r\x12\x14\n\x0csaved_tokens\x18\x07 \x01(\r\"c\n\x0fLanguageTimings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x17\n\x0f\x66\x65\x61ture_wait_ms\x18\x02 \x01(\x02\x12\x12\n\nprefill_ms\x18\x03 \x01(\x02\x12\x11\n\tdecode_ms\x18\x04 \x01(\x02\x32\x8b\x01\n\x08Language\x12<\n\x08Generate\x12\x17.dvd.v1.GenerateRequest\x1a\x15.dvd.v1.GenerateEvent0\x01\x12\x41\n\x0bWatchStatus\x12\x1a.dvd.v1.WatchStatusRequest\x1a\x14.dvd.v1.WorkerStatus0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,33 +39,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=292
   _globals['_CHATMESSAGE']._serialized_end=378
   _globals['_CONTENTPART']._serialized_start=380
-  _globals['_CONTENTPART']._serialized_end=440
-  _globals['_IMAGEREF']._serialized_start=442
-  _globals['_IMAGEREF']._serialized_end=493
-  _globals['_SAMPLINGPARAMS']._serialized_start=496
-  _globals['_SAMPLINGPARAMS']._serialized_end=1036
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=979
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1027
-  _globals['_GRAMMAR']._serialized_start=1039
-  _globals['_GRAMMAR']._serialized_end=1169
-  _globals['_CHOICES']._serialized_start=1171
-  _globals['_CHOICES']._serialized_end=1195
-  _globals['_GENERATEEVENT']._serialized_start=1198
-  _globals['_GENERATEEVENT']._serialized_end=1330
-  _globals['_ADMITTED']._serialized_start=1333
-  _globals['_ADMITTED']._serialized_end=1483
-  _globals['_IMAGETICKET']._serialized_start=1485
-  _globals['_IMAGETICKET']._serialized_end=1535
-  _globals['_TOKEN']._serialized_start=1538
-  _globals['_TOKEN']._serialized_end=1695
-  _globals['_TOKENLOGPROB']._serialized_start=1697
-  _globals['_TOKENLOGPROB']._serialized_end=1781
-  _globals['_FINISHED']._serialized_start=1784
-  _globals['_FINISHED']._serialized_end=1938
-  _globals['_USAGE']._serialized_start=1941
-  _globals['_USAGE']._serialized_end=2069
-  _globals['_LANGUAGETIMINGS']._serialized_start=2071
-  _globals['_LANGUAGETIMINGS']._serialized_end=2170
-  _globals['_LANGUAGE']._serialized_start=2173
-  _globals['_LANGUAGE']._serialized_end=2312
+  _globals['_CONTENTPART']._serialized_end=477
+  _globals['_IMAGEBLOCK']._serialized_start=479
+  _globals['_IMAGEBLOCK']._serialized_end=527
+  _globals['_IMAGEPIECE']._serialized_start=529
+  _globals['_IMAGEPIECE']._serialized_end=601
+  _globals['_IMAGEREF']._serialized_start=603
+  _globals['_IMAGEREF']._serialized_end=672
+  _globals['_SAMPLINGPARAMS']._serialized_start=675
+  _globals['_SAMPLINGPARAMS']._serialized_end=1215
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1158
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1206
+  _globals['_GRAMMAR']._serialized_start=1218
+  _globals['_GRAMMAR']._serialized_end=1348
+  _globals['_CHOICES']._serialized_start=1350
+  _globals['_CHOICES']._serialized_end=1374
+  _globals['_GENERATEEVENT']._serialized_start=1377
+  _globals['_GENERATEEVENT']._serialized_end=1509
+  _globals['_ADMITTED']._serialized_start=1512
+  _globals['_ADMITTED']._serialized_end=1662
+  _globals['_IMAGETICKET']._serialized_start=1664
+  _globals['_IMAGETICKET']._serialized_end=1714
+  _globals['_TOKEN']._serialized_start=1717
+  _globals['_TOKEN']._serialized_end=1874
+  _globals['_TOKENLOGPROB']._serialized_start=1876
+  _globals['_TOKENLOGPROB']._serialized_end=1960
+  _globals['_FINISHED']._serialized_start=1963
+  _globals['_FINISHED']._serialized_end=2117
+  _globals['_USAGE']._serialized_start=2120
+  _globals['_USAGE']._serialized_end=2292
+  _globals['_LANGUAGETIMINGS']._serialized_start=2294
+  _globals['_LANGUAGETIMINGS']._serialized_end=2393
+  _globals['_LANGUAGE']._serialized_start=2396
+  _globals['_LANGUAGE']._serialized_end=2535
 # @@protoc_insertion_point(module_scope)

@@ -38,20 +38,40 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[ContentPart, _Mapping]]] = ..., inline_images: _Optional[bool] = ...) -> None: ...
 
 class ContentPart(_message.Message):
-    __slots__ = ("text", "image_index")
+    __slots__ = ("text", "image_index", "block")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
     text: str
     image_index: int
-    def __init__(self, text: _Optional[str] = ..., image_index: _Optional[int] = ...) -> None: ...
+    block: ImageBlock
+    def __init__(self, text: _Optional[str] = ..., image_index: _Optional[int] = ..., block: _Optional[_Union[ImageBlock, _Mapping]] = ...) -> None: ...
+
+class ImageBlock(_message.Message):
+    __slots__ = ("pieces",)
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    pieces: _containers.RepeatedCompositeFieldContainer[ImagePiece]
+    def __init__(self, pieces: _Optional[_Iterable[_Union[ImagePiece, _Mapping]]] = ...) -> None: ...
+
+class ImagePiece(_message.Message):
+    __slots__ = ("image_index", "first_tile", "num_tiles")
+    IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TILE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TILES_FIELD_NUMBER: _ClassVar[int]
+    image_index: int
+    first_tile: int
+    num_tiles: int
+    def __init__(self, image_index: _Optional[int] = ..., first_tile: _Optional[int] = ..., num_tiles: _Optional[int] = ...) -> None: ...
 
 class ImageRef(_message.Message):
-    __slots__ = ("mm_hash", "max_num_tokens")
+    __slots__ = ("mm_hash", "max_num_tokens", "is_video")
     MM_HASH_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_VIDEO_FIELD_NUMBER: _ClassVar[int]
     mm_hash: bytes
     max_num_tokens: int
-    def __init__(self, mm_hash: _Optional[bytes] = ..., max_num_tokens: _Optional[int] = ...) -> None: ...
+    is_video: bool
+    def __init__(self, mm_hash: _Optional[bytes] = ..., max_num_tokens: _Optional[int] = ..., is_video: _Optional[bool] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens", "logit_bias", "logprobs", "top_logprobs", "grammar", "separate_reasoning")
@@ -199,18 +219,22 @@ class Finished(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., finish_reason: _Optional[str] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[LanguageTimings, _Mapping]] = ..., reasoning: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "image_tokens", "reasoning_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "image_tokens", "reasoning_tokens", "video_tokens", "saved_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REASONING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     image_tokens: int
     reasoning_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., image_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ...) -> None: ...
+    video_tokens: int
+    saved_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., image_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., saved_tokens: _Optional[int] = ...) -> None: ...
 
 class LanguageTimings(_message.Message):
     __slots__ = ("queue_ms", "feature_wait_ms", "prefill_ms", "decode_ms")

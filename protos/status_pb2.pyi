@@ -35,7 +35,7 @@ class Endpoint(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("model", "max_model_len", "image_size", "tokens_per_tile", "min_dynamic_patch", "max_dynamic_patch", "use_thumbnail", "dynamic_image_size", "vocab_size", "default_temperature", "default_top_p", "default_top_k", "default_repetition_penalty")
+    __slots__ = ("model", "max_model_len", "image_size", "tokens_per_tile", "min_dynamic_patch", "max_dynamic_patch", "use_thumbnail", "dynamic_image_size", "vocab_size", "default_temperature", "default_top_p", "default_top_k", "default_repetition_penalty", "is_flash", "vir_relative_threshold", "vir_absolute_threshold")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     IMAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,9 @@ class ModelInfo(_message.Message):
     DEFAULT_TOP_P_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_TOP_K_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    IS_FLASH_FIELD_NUMBER: _ClassVar[int]
+    VIR_RELATIVE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    VIR_ABSOLUTE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     image_size: int
@@ -62,7 +65,10 @@ class ModelInfo(_message.Message):
     default_top_p: float
     default_top_k: int
     default_repetition_penalty: float
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., image_size: _Optional[int] = ..., tokens_per_tile: _Optional[int] = ..., min_dynamic_patch: _Optional[int] = ..., max_dynamic_patch: _Optional[int] = ..., use_thumbnail: _Optional[bool] = ..., dynamic_image_size: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., default_temperature: _Optional[float] = ..., default_top_p: _Optional[float] = ..., default_top_k: _Optional[int] = ..., default_repetition_penalty: _Optional[float] = ...) -> None: ...
+    is_flash: bool
+    vir_relative_threshold: float
+    vir_absolute_threshold: float
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., image_size: _Optional[int] = ..., tokens_per_tile: _Optional[int] = ..., min_dynamic_patch: _Optional[int] = ..., max_dynamic_patch: _Optional[int] = ..., use_thumbnail: _Optional[bool] = ..., dynamic_image_size: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., default_temperature: _Optional[float] = ..., default_top_p: _Optional[float] = ..., default_top_k: _Optional[int] = ..., default_repetition_penalty: _Optional[float] = ..., is_flash: _Optional[bool] = ..., vir_relative_threshold: _Optional[float] = ..., vir_absolute_threshold: _Optional[float] = ...) -> None: ...
 
 class VisionLoad(_message.Message):
     __slots__ = ("queued_tiles", "running_tiles", "max_queued_tiles", "tiles_per_second")

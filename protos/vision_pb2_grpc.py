@@ -40,6 +40,21 @@ class VisionStub:
                 request_serializer=protos_dot_vision__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=protos_dot_vision__pb2.EncodeReply.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/dvd.v1.Vision/Score',
+                request_serializer=protos_dot_vision__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=protos_dot_vision__pb2.ScoreReply.FromString,
+                _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/dvd.v1.Vision/Probe',
+                request_serializer=protos_dot_vision__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=protos_dot_vision__pb2.ProbeReply.FromString,
+                _registered_method=True)
+        self.Extract = channel.unary_stream(
+                '/dvd.v1.Vision/Extract',
+                request_serializer=protos_dot_vision__pb2.ExtractRequest.SerializeToString,
+                response_deserializer=protos_dot_vision__pb2.ExtractReply.FromString,
+                _registered_method=True)
         self.WatchStatus = channel.unary_stream(
                 '/dvd.v1.Vision/WatchStatus',
                 request_serializer=protos_dot_status__pb2.WatchStatusRequest.SerializeToString,
@@ -59,6 +74,29 @@ class VisionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """router -> vision: how likely each tile of an image is to be compressed. For Flash checkpoints where the routes of
+        one image depend on the other images of its request: the router collects these scores and sends them with every
+        Encode. What was computed for them is kept for that Encode, while there is room.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
+        """router -> vision: how long a video is, where the number of its frames is asked for by the second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Extract(self, request, context):
+        """anybody -> vision: features, or the tower's hidden states, back to the caller, who needs no language server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchStatus(self, request, context):
         """router -> vision: state and load, for as long as the router lives.
         """
@@ -73,6 +111,21 @@ def add_VisionServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=protos_dot_vision__pb2.EncodeRequest.FromString,
                     response_serializer=protos_dot_vision__pb2.EncodeReply.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=protos_dot_vision__pb2.ScoreRequest.FromString,
+                    response_serializer=protos_dot_vision__pb2.ScoreReply.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=protos_dot_vision__pb2.ProbeRequest.FromString,
+                    response_serializer=protos_dot_vision__pb2.ProbeReply.SerializeToString,
+            ),
+            'Extract': grpc.unary_stream_rpc_method_handler(
+                    servicer.Extract,
+                    request_deserializer=protos_dot_vision__pb2.ExtractRequest.FromString,
+                    response_serializer=protos_dot_vision__pb2.ExtractReply.SerializeToString,
             ),
             'WatchStatus': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchStatus,
@@ -107,6 +160,87 @@ class Vision:
             '/dvd.v1.Vision/Encode',
             protos_dot_vision__pb2.EncodeRequest.SerializeToString,
             protos_dot_vision__pb2.EncodeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dvd.v1.Vision/Score',
+            protos_dot_vision__pb2.ScoreRequest.SerializeToString,
+            protos_dot_vision__pb2.ScoreReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dvd.v1.Vision/Probe',
+            protos_dot_vision__pb2.ProbeRequest.SerializeToString,
+            protos_dot_vision__pb2.ProbeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Extract(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dvd.v1.Vision/Extract',
+            protos_dot_vision__pb2.ExtractRequest.SerializeToString,
+            protos_dot_vision__pb2.ExtractReply.FromString,
             options,
             channel_credentials,
             insecure,

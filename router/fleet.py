@@ -129,11 +129,19 @@ class Fleet:
         chosen = policy.pick_language(request_id, {name: worker.total_load for name, worker in candidates.items()})
         return None if chosen is None else candidates[chosen]
 
-    def pick_vision(self, mm_hash: bytes, exclude: Collection[str] = ()) -> VisionWorker | None:
-        """A usable vision server not named in ``exclude``, the one on which equal images meet."""
+    def pick_vision(
+        self, image_hash: bytes, exclude: Collection[str] = (), prefer: str | None = None
+    ) -> VisionWorker | None:
+        """A usable vision server not named in ``exclude``: the one preferred, else the one on which equal images meet.
+
+        Args:
+            prefer: address of a server that has done part of the work already.
+        """
         candidates = _usable(self._vision.values(), exclude)
+        if prefer in candidates:
+            return candidates[prefer]
         loads = {name: worker.total_load for name, worker in candidates.items()}
-        chosen = policy.pick_vision(mm_hash, loads)
+        chosen = policy.pick_vision(image_hash, loads)
         return None if chosen is None else candidates[chosen]
 
     # --- coming and going

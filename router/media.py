@@ -1,7 +1,7 @@
 """The one place that turns a media URL into compressed bytes and looks at them.
 
-Only ``data:`` URLs are read. Nothing here decodes pixels: Pillow reads width and height from the header. Knows nothing
-of tiles, prompts or servers.
+Only ``data:`` URLs are read. Nothing here decodes pixels: Pillow reads width and height from an image's header, and of
+a video only the first bytes are looked at. Knows nothing of tiles, frames, prompts or servers.
 """
 
 import binascii
@@ -13,6 +13,7 @@ from typing import Final
 
 from PIL import Image, UnidentifiedImageError
 
+from common.model.orientation import read_orientation
 from common.service import metrics
 from common.service.errors import InvalidRequest, RequestTooLarge
 
@@ -23,6 +24,9 @@ _SIGNATURES: Final = {
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
     "BMP": re.compile(rb"BM"),
 }
+# MP4 and MOV, also from before files said so in front; Matroska and WebM; AVI.
+_VIDEO_SIGNATURE: Final = re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|RIFF.{4}AVI ", re.DOTALL)
+_FRAME_LIST: Final = re.compile(r"data:video/jpeg[;,]", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:(?P<media_type>[^,]*),", re.IGNORECASE)
 _MAX_MEDIA_TYPE_CHARS: Final = 256
 
@@ -32,6 +36,7 @@ class MediaLimits:
     """Caps of RELIABILITY.md section 5.6 for one item."""
 
     max_item_bytes: int
+    max_video_bytes: int
     max_pixels: int
 
 
@@ -48,21 +53,42 @@ class CompressedImage:
         return self.width * self.height
 
 
-def load_image(url: str, limits: MediaLimits, param: str) -> CompressedImage:
+def load_image(url: str, limits: MediaLimits, param: str, *, exif_orientation: bool = False) -> CompressedImage:
     """The image behind a URL.
+
+    Args:
+        exif_orientation: width and height are those of the image turned as its EXIF says.
 
     Raises:
         InvalidRequest: ``media_url_blocked`` for everything that is not a ``data:`` URL, ``invalid_image`` for what
             is not an image or too large in pixels.
         RequestTooLarge: more compressed bytes than allowed.
     """
-    data = _decode_data_url(url, limits, param)
-    width, height = _read_size(data, limits, param)
+    data = _decode_data_url(url, limits.max_item_bytes, "an image", param)
+    width, height = _read_size(data, limits, param, exif_orientation)
     metrics.MEDIA_BYTES.labels("data").inc(len(data))
     return CompressedImage(data, width, height)
 
 
-def _decode_data_url(url: str, limits: MediaLimits, param: str) -> bytes:
+def load_video(url: str, limits: MediaLimits, param: str) -> bytes:
+    """The video file behind a URL, as the client sent it: MP4 or MOV, Matroska or WebM, or AVI by its first bytes.
+
+    Raises:
+        InvalidRequest: ``media_url_blocked`` as for images, ``invalid_image`` for a malformed ``data:`` URL, and
+            ``unsupported_media`` for what is none of these files.
+        RequestTooLarge: more bytes than allowed.
+    """
+    if _FRAME_LIST.match(url):
+        message = "frames in one URL are not supported: send them as a list of images"
+        raise _invalid("format", message, param, code="unsupported_media")
+    data = _decode_data_url(url, limits.max_video_bytes, "a video", param)
+    if _VIDEO_SIGNATURE.match(data) is None:
+        raise _invalid("format", "not an MP4, MOV, WebM, Matroska or AVI video", param, code="unsupported_media")
+    metrics.MEDIA_BYTES.labels("data").inc(len(data))
+    return data
+
+
+def _decode_data_url(url: str, max_bytes: int, what: str, param: str) -> bytes:
     """RFC 2397 with ``;base64`` required and decoded strictly; the declared media type is ignored."""
     if url[:5].lower() != "data:":
         _count("blocked")
@@ -71,24 +97,26 @@ def _decode_data_url(url: str, limits: MediaLimits, param: str) -> bytes:
     if header is None or not header["media_type"].lower().endswith(";base64"):
         raise _invalid("base64", "a data: URL must carry ;base64 and a comma", param)
     # Four characters make three bytes; too much is refused before it is decoded.
-    if (len(url) - header.end()) // 4 * 3 > limits.max_item_bytes + 3:
-        raise _too_large(limits, param)
+    if (len(url) - header.end()) // 4 * 3 > max_bytes + 3:
+        raise _too_large(max_bytes, what, param)
     try:
         data = binascii.a2b_base64(url[header.end() :], strict_mode=True)
     except ValueError:  # binascii.Error, or characters outside ASCII
         raise _invalid("base64", "the data: URL is not valid base64", param) from None
-    if len(data) > limits.max_item_bytes:
-        raise _too_large(limits, param)
+    if len(data) > max_bytes:
+        raise _too_large(max_bytes, what, param)
     return data
 
 
-def _read_size(data: bytes, limits: MediaLimits, param: str) -> tuple[int, int]:
+def _read_size(data: bytes, limits: MediaLimits, param: str, exif_orientation: bool) -> tuple[int, int]:
     image_format = next((name for name, signature in _SIGNATURES.items() if signature.match(data)), None)
     if image_format is None:
         raise _invalid("format", "not a JPEG, PNG, WebP, GIF or BMP image", param)
     try:
         with Image.open(BytesIO(data), formats=[image_format]) as image:
             width, height = image.size
+            if exif_orientation and read_orientation(image) >= 5:
+                width, height = height, width
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels(limits, param) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error):
@@ -101,18 +129,18 @@ def _read_size(data: bytes, limits: MediaLimits, param: str) -> tuple[int, int]:
     return width, height
 
 
-def _too_large(limits: MediaLimits, param: str) -> RequestTooLarge:
+def _too_large(max_bytes: int, what: str, param: str) -> RequestTooLarge:
     _count("too_large")
-    return RequestTooLarge(f"an image may have at most {limits.max_item_bytes} bytes", param=param)
+    return RequestTooLarge(f"{what} may have at most {max_bytes} bytes", param=param)
 
 
 def _too_many_pixels(limits: MediaLimits, param: str) -> InvalidRequest:
     return _invalid("pixels", f"an image may have at most {limits.max_pixels} pixels", param)
 
 
-def _invalid(reason: str, message: str, param: str) -> InvalidRequest:
+def _invalid(reason: str, message: str, param: str, *, code: str = "invalid_image") -> InvalidRequest:
     _count(reason)
-    return InvalidRequest(message, code="invalid_image", param=param)
+    return InvalidRequest(message, code=code, param=param)
 
 
 def _count(reason: str) -> None:

@@ -1,53 +1,30 @@
 """The story of a chat request, from a language server's ``Admitted`` to its last token (docs/life-of-a-request.md).
 
 Knows nothing of HTTP and nothing of pixels. Everything a request starts lives inside ``Pipeline.run`` and ends with
-it: when the client leaves, the caller cancels ``run``, and ``Generate`` and every ``Encode`` are cancelled at once.
+it: when the client leaves, the caller cancels ``run``, and ``Generate`` and every ``Score`` and ``Encode`` are
+cancelled at once.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
 from common.service import metrics
-from common.service.errors import DeadlineExceeded, DvdError, InternalError, InvalidRequest, Overloaded, Unavailable
-from protos.language_pb2 import Admitted, Finished, GenerateEvent, GenerateRequest, ImageTicket, Token
-from protos.vision_pb2 import EncodeRequest, TilingOptions
+from common.service.errors import DeadlineExceeded, DvdError, InternalError, Overloaded, Unavailable
+from protos.language_pb2 import Admitted, Finished, GenerateEvent, ImageTicket, Token
+from protos.vision_pb2 import EncodeReply, EncodeRequest, VirOptions
+from router.causes import cause_of
 from router.fleet import Fleet
-from router.record import Deadline, RequestRecord
-from router.workers import LanguageWorker
+from router.record import RequestRecord
+from router.request import ChatRequest
+from router.scores import Scores, collect_scores
+from router.vision_calls import call_vision
+from router.workers import LanguageWorker, VisionWorker
 
-log = logging.getLogger(__name__)
-
-MAX_ENCODE_ATTEMPTS: Final = 3
 MAX_GENERATE_ATTEMPTS: Final = 2
 ENCODE_GRACE_SECONDS: Final = 1.0
 """Once all tokens are there, the features were delivered; the replies that say so get this long to arrive."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageInput:
-    """One image of a request, priced but not decoded."""
-
-    data: bytes
-    mm_hash: bytes
-    num_tiles: int  # thumbnail included
-    tiling: TilingOptions
-    param: str  # where it stands in the request, for error messages
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """A valid request in the words of the wire."""
-
-    generate: GenerateRequest
-    images: Sequence[ImageInput]
-    deadline: Deadline
-
-    @property
-    def num_choices(self) -> int:
-        return int(self.generate.sampling.n)
 
 
 class Answer(Protocol):
@@ -111,53 +88,66 @@ class Pipeline:
             record.admitted(admitted)
             try:
                 async with asyncio.TaskGroup() as group:
-                    encodes = [
-                        group.create_task(self._encode(request, ticket, admitted, record))
-                        for ticket in admitted.missing
-                    ]
-                    await _relay(events, request.num_choices, encodes, answer, record)
+                    encoding = None
+                    if admitted.missing:
+                        encoding = group.create_task(self._encode_missing(request, admitted, record))
+                    await _relay(events, request.num_choices, encoding, answer, record)
             except BaseExceptionGroup as errors:
-                raise _cause(errors) from None
+                raise cause_of(errors) from None
+
+    async def _encode_missing(self, request: ChatRequest, admitted: Admitted, record: RequestRecord) -> None:
+        """Have all images encoded that the language server lacks, once all scores are known where they are needed."""
+        scores = await self._collect_scores(request, record) if request.needs_scores else None
+        async with asyncio.TaskGroup() as group:
+            for ticket in admitted.missing:
+                group.create_task(self._encode(request, ticket, admitted, scores, record))
+
+    async def _collect_scores(self, request: ChatRequest, record: RequestRecord) -> Scores:
+        started_at = time.monotonic()
+        scores = await collect_scores(self._fleet, request.images, request.deadline)
+        record.score_seconds = time.monotonic() - started_at
+        return scores
 
     async def _encode(
-        self, request: ChatRequest, ticket: ImageTicket, admitted: Admitted, record: RequestRecord
+        self,
+        request: ChatRequest,
+        ticket: ImageTicket,
+        admitted: Admitted,
+        scores: Scores | None,
+        record: RequestRecord,
     ) -> None:
-        """Have one image encoded; a lost or full vision server is replaced by another one."""
-        if ticket.image_index >= len(request.images):
+        """Have one image encoded and delivered."""
+        index = ticket.image_index
+        if index >= len(request.images):
             raise InternalError("a server asked for an image that does not exist")
-        image = request.images[ticket.image_index]
-        tried: set[str] = set()
-        failure: DvdError = Unavailable("no vision server is available")
-        while len(tried) < MAX_ENCODE_ATTEMPTS:
-            vision = self._fleet.pick_vision(image.mm_hash, exclude=tried)
-            if vision is None:
-                break
-            if tried:
-                metrics.DISPATCH_RETRIES.labels("vision", failure.code).inc()
-            call = EncodeRequest(
-                request_id=request.generate.request_id,
-                image_index=ticket.image_index,
-                attempt=len(tried),
-                mm_hash=image.mm_hash,
-                image=image.data,
-                tiling=image.tiling,
-                deliver_to=admitted.deliver_to,
-                ticket=ticket.ticket,
-                dtype=admitted.dtype,
-            )
-            tried.add(vision.address)
+        image = request.images[index]
+        call = EncodeRequest(
+            request_id=request.generate.request_id,
+            image_index=index,
+            mm_hash=image.mm_hash,
+            image_hash=image.image_hash,
+            image=image.data,
+            tiling=image.tiling,
+            vir=_with_scores(request.vir, scores),
+            deliver_to=admitted.deliver_to,
+            ticket=ticket.ticket,
+            dtype=admitted.dtype,
+        )
+
+        async def encode(vision: VisionWorker, attempt: int) -> EncodeReply:
+            call.attempt = attempt
             record.encode_attempts += 1
-            try:
-                record.encoded.append(await vision.encode(call, image.num_tiles, request.deadline.remaining()))
-                return
-            except InvalidRequest as error:
-                raise InvalidRequest(error.message, code=error.code, param=image.param) from None
-            except (Unavailable, Overloaded, InternalError) as error:
-                log.warning("image %d was not encoded by %s: %s", ticket.image_index, vision.name, error.code)
-                failure = error
-        if not record.has_first_token:
-            raise failure
-        # A token needs the whole prompt: the features had arrived, only the reply that says so was lost.
+            return await vision.encode(call, image.num_tiles, request.deadline.remaining())
+
+        prefer = scores.servers[index] if scores is not None else None
+        try:
+            reply = await call_vision(self._fleet, image.image_hash, encode, param=image.param, prefer=prefer)
+        except (Unavailable, Overloaded, InternalError):
+            # A token needs the whole prompt: the features had arrived, only the reply that says so was lost.
+            if not record.has_first_token:
+                raise
+        else:
+            record.encoded.append(reply)
 
 
 async def _wait_admitted(events: AsyncIterator[GenerateEvent]) -> Admitted:
@@ -172,7 +162,7 @@ async def _wait_admitted(events: AsyncIterator[GenerateEvent]) -> Admitted:
 async def _relay(
     events: AsyncIterator[GenerateEvent],
     num_choices: int,
-    encodes: Sequence[asyncio.Task[None]],
+    encoding: asyncio.Task[None] | None,
     answer: Answer,
     record: RequestRecord,
 ) -> None:
@@ -187,7 +177,7 @@ async def _relay(
             num_open -= 1
             record.choice_finished(event.finished)
             if num_open == 0:
-                await _settle(encodes)
+                await _settle(encoding)
                 record.stage = "done"
             await answer.on_finished(event.finished)
         else:
@@ -196,24 +186,17 @@ async def _relay(
         raise Unavailable("a language server ended a call early")
 
 
-async def _settle(encodes: Sequence[asyncio.Task[None]]) -> None:
+async def _settle(encoding: asyncio.Task[None] | None) -> None:
     """Take in the last replies of vision servers; whoever is later than that is not waited for."""
-    if encodes:
-        await asyncio.wait(encodes, timeout=ENCODE_GRACE_SECONDS)
-    for task in encodes:
-        task.cancel()
+    if encoding is not None:
+        await asyncio.wait([encoding], timeout=ENCODE_GRACE_SECONDS)
+        encoding.cancel()
 
 
-def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What a task group failed of. A bug must not hide behind an expected error; bad input explains what it caused."""
-    leaves = list(_leaves(errors))
-    bugs = [error for error in leaves if not isinstance(error, DvdError)]
-    bad_input = [error for error in leaves if isinstance(error, InvalidRequest)]
-    return (bugs or bad_input or leaves)[0]
-
-
-def _leaves(errors: BaseExceptionGroup[BaseException]) -> Sequence[BaseException]:
-    leaves: list[BaseException] = []
-    for error in errors.exceptions:
-        leaves.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    return leaves
+def _with_scores(vir: VirOptions | None, scores: Scores | None) -> VirOptions | None:
+    """The options of one ``Encode``: those of the request, and what its tiles are compared with."""
+    if vir is None or scores is None:
+        return vir
+    complete = VirOptions(request_scores=scores.of_tiles)
+    complete.MergeFrom(vir)
+    return complete

@@ -19,11 +19,11 @@ def pick_language(request_id: bytes, loads: Mapping[str, int]) -> str | None:
     return min(loads, key=lambda name: (loads[name], _rank(request_id, name)), default=None)
 
 
-def pick_vision(mm_hash: bytes, loads: Mapping[str, int]) -> str | None:
+def pick_vision(image_hash: bytes, loads: Mapping[str, int]) -> str | None:
     """The server on which this image probably is or soon will be, unless it is overloaded.
 
     Args:
-        mm_hash: identity of the image; equal images meet, where a server can know them again.
+        image_hash: identity of the image; equal images meet, where a server can know them again.
         loads: tiles each server still has to encode.
 
     Returns:
@@ -33,7 +33,7 @@ def pick_vision(mm_hash: bytes, loads: Mapping[str, int]) -> str | None:
     if not loads:
         return None
     bound = LOAD_BOUND * Fraction(sum(loads.values()), len(loads))
-    return min((name for name in loads if loads[name] <= bound), key=lambda name: _rank(mm_hash, name))
+    return min((name for name in loads if loads[name] <= bound), key=lambda name: _rank(image_hash, name))
 
 
 def elect_fingerprint(current: bytes | None, reported: Sequence[bytes]) -> bytes | None:

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from common.service import metrics
 from common.service.errors import DeadlineExceeded
-from protos.language_pb2 import Admitted, Finished, Token
+from protos.language_pb2 import Admitted, Finished, Token, Usage
 from protos.vision_pb2 import EncodeReply
 from router.admission import RequestClass
 
@@ -51,9 +51,12 @@ class RequestRecord:
     kind: RequestClass = "text"
     stage: Stage = "read"
     is_chat: bool = False
+    is_flash: bool = False  # ViR may save tokens
     num_images: int = 0
-    num_tiles: int = 0
+    num_videos: int = 0
+    num_tiles: int = 0  # thumbnails and frames included
     media_seconds: float | None = None
+    score_seconds: float | None = None
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     encode_attempts: int = 0
@@ -96,18 +99,20 @@ class RequestRecord:
 
     def usage(self) -> dict[str, Any]:
         """The ``usage`` object: final once all choices have ended, running before; reasoning is counted at the end."""
-        done = [finished.usage for finished in self.finished.values()]
+        done = self._usages()
         completion_tokens = sum(usage.completion_tokens for usage in done)
         if not done or self.stage != "done":
             completion_tokens = max(completion_tokens, self.num_tokens)
         prompt_tokens = max((usage.prompt_tokens for usage in done), default=self.num_prompt_tokens)
+        saved = {"saved_tokens": max((usage.saved_tokens for usage in done), default=0)} if self.is_flash else {}
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {
                 "cached_tokens": max((usage.cached_tokens for usage in done), default=0),
-                "multimodal_tokens": {"image": max((usage.image_tokens for usage in done), default=0)},
+                "multimodal_tokens": {"image": self._image_tokens(), "video": self._video_tokens()},
+                **saved,
             },
             "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning_tokens for usage in done)},
         }
@@ -150,6 +155,7 @@ class RequestRecord:
         return {
             "total_ms": _milliseconds(self.age()),
             "fetch_ms": None if self.media_seconds is None else _milliseconds(self.media_seconds),
+            "score_ms": None if self.score_seconds is None else _milliseconds(self.score_seconds),
             "decode_ms": _slowest(timing.decode_ms for timing in vision),
             "vision_queue_ms": _slowest(timing.queue_ms for timing in vision),
             "encode_ms": _slowest(timing.encode_ms for timing in vision),
@@ -158,19 +164,32 @@ class RequestRecord:
             "language_queue_ms": _slowest(timing.queue_ms for timing in language),
             "prefill_ms": _slowest(timing.prefill_ms for timing in language),
             "images": self.num_images,
+            "videos": self.num_videos,
             "tiles": self.num_tiles,
-            "image_tokens": max((finished.usage.image_tokens for finished in self.finished.values()), default=0),
+            "image_tokens": self._image_tokens(),
+            "video_tokens": self._video_tokens(),
             "feature_bytes": sum(reply.feature_bytes for reply in self.encoded),
             "feature_cache_hits": sum(reply.cache_hit for reply in self.encoded),
             "encode_attempts": self.encode_attempts,
             "transport": next((reply.transport for reply in self.encoded), None),
         }
 
+    def _usages(self) -> list[Usage]:
+        return [finished.usage for finished in self.finished.values()]
+
+    def _image_tokens(self) -> int:
+        return max((usage.image_tokens for usage in self._usages()), default=0)
+
+    def _video_tokens(self) -> int:
+        return max((usage.video_tokens for usage in self._usages()), default=0)
+
     def _count_success(self) -> None:
         usage = self.usage()
-        num_image_tokens = usage["prompt_tokens_details"]["multimodal_tokens"]["image"]
-        metrics.PROMPT_TOKENS.labels("text").inc(max(0, usage["prompt_tokens"] - num_image_tokens))
-        metrics.PROMPT_TOKENS.labels("image").inc(num_image_tokens)
+        by_kind = usage["prompt_tokens_details"]["multimodal_tokens"]
+        metrics.PROMPT_TOKENS.labels("text").inc(max(0, usage["prompt_tokens"] - sum(by_kind.values())))
+        for kind, num_tokens in by_kind.items():
+            metrics.PROMPT_TOKENS.labels(kind).inc(num_tokens)
+        metrics.SAVED_PROMPT_TOKENS.inc(usage["prompt_tokens_details"].get("saved_tokens", 0))
         metrics.CACHED_PROMPT_TOKENS.inc(usage["prompt_tokens_details"]["cached_tokens"])
         metrics.GENERATION_TOKENS.inc(usage["completion_tokens"])
         metrics.REQUEST_PROMPT_TOKENS.observe(usage["prompt_tokens"])

@@ -1,19 +1,23 @@
 """Options of the router: bounds of API.md section 2 and resource caps of RELIABILITY.md section 5.6."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from common.service.errors import ConfigError
 from common.service.program import ServerSettings
+from common.service.rpc import MAX_MESSAGE_BYTES
 from common.service.settings import Field, SecretStr
+from protos.frame import MAX_TILES
 from router.discovery import parse_entry
 
 MIB = 2**20
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+MediumBytes = Annotated[int, Field(ge=1, le=MAX_MESSAGE_BYTES - MIB)]
+"""What fits into one call to a vision server, with everything that goes along."""
 
 
 class RouterSettings(ServerSettings):
@@ -40,8 +44,22 @@ class RouterSettings(ServerSettings):
 
     max_dynamic_patch: Count | None = Field(None, description="tiles per image by default; unset: the model's value")
     max_tiles_per_image: Count = Field(40, description="most tiles a client may ask for, thumbnail not counted")
-    max_media_items: Count = Field(128, description="images per request")
-    max_item_bytes: Count = Field(20 * 10**6, description="compressed bytes of one image")
+    tile_budget: Literal["per_image", "shared"] = Field(
+        "per_image", description="tiles each image may have, or all images of a request together, by default"
+    )
+    exif_orientation: bool = Field(False, description="turn images as their EXIF says; published models do not")
+    vir_mode: Literal["off", "auto", "force64"] = Field(
+        "auto", description="Flash models, by default: 256 tokens for every tile, as ViR decides, or 64"
+    )
+    vir_scope: Literal["request", "image", "absolute"] = Field(
+        "request",
+        description="Flash models, by default: the tiles that a tile is compared with before it is compressed",
+    )
+    video_frames: Count = Field(8, description="frames of a video that are looked at by default")
+    max_video_frames: Count = Field(128, le=MAX_TILES, description="most frames of a video, or in a list of frames")
+    max_media_items: Count = Field(128, description="images, videos and listed frames per request")
+    max_item_bytes: MediumBytes = Field(20 * 10**6, description="compressed bytes of one image")
+    max_video_bytes: MediumBytes = Field(64 * MIB, description="bytes of one video file")
     max_image_pixels: Count = Field(50 * 10**6, description="pixels of one image")
     max_request_pixels: Count = Field(400 * 10**6, description="pixels of all images of a request")
     max_n: Count = Field(64, description="choices per request")
@@ -74,4 +92,10 @@ class RouterSettings(ServerSettings):
     def _check_tile_budget(self) -> "RouterSettings":
         if self.max_dynamic_patch is not None and self.max_dynamic_patch > self.max_tiles_per_image:
             raise ValueError("max_dynamic_patch is above max_tiles_per_image")
+        return self
+
+    @model_validator(mode="after")
+    def _check_video_frames(self) -> "RouterSettings":
+        if self.video_frames > self.max_video_frames:
+            raise ValueError("video_frames is above max_video_frames")
         return self

@@ -25,7 +25,7 @@ from protos.status_pb2 import (
     WatchStatusRequest,
     WorkerStatus,
 )
-from protos.vision_pb2 import EncodeReply, EncodeRequest
+from protos.vision_pb2 import EncodeReply, EncodeRequest, ProbeReply, ProbeRequest, ScoreReply, ScoreRequest
 from protos.vision_pb2_grpc import VisionStub
 
 Tier = Literal["vision", "language"]
@@ -189,6 +189,20 @@ class VisionWorker(Worker):
         call = self._stub.Encode(request, timeout=timeout)
         with self._open(call, num_tiles):
             reply: EncodeReply = await call
+            return reply
+
+    async def score(self, request: ScoreRequest, num_tiles: int, timeout: float) -> ScoreReply:
+        """How likely each tile of an image is to be compressed. Raises DvdError."""
+        call = self._stub.Score(request, timeout=timeout)
+        with self._open(call, num_tiles):
+            reply: ScoreReply = await call
+            return reply
+
+    async def probe(self, request: ProbeRequest, timeout: float) -> ProbeReply:
+        """How long a video is. Raises DvdError."""
+        call = self._stub.Probe(request, timeout=timeout)
+        with self._open(call, 0):
+            reply: ProbeReply = await call
             return reply
 
     def _make_stub(self, channel: grpc.aio.Channel) -> VisionStub:

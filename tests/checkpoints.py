@@ -32,6 +32,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.flash import ABSOLUTE_THRESHOLD, RELATIVE_THRESHOLD, FlashModules
+
 Role = Literal["vision", "language"]
 Layout = Literal["hf", "hf_legacy", "github"]
 TextFamily = Literal["qwen2", "qwen3", "qwen3_moe", "gpt_oss", "internlm3"]
@@ -77,6 +79,12 @@ class VisionShape:
 VISION_300M = VisionShape(48, 2, 3, 96, "300m")
 VISION_6B = VisionShape(40, 2, 5, 80, "6b")
 
+_FLASH_CONFIG = {
+    "flash_mode": True,
+    "flash_relative_threshold": RELATIVE_THRESHOLD,
+    "flash_absolute_threshold": ABSOLUTE_THRESHOLD,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class RandomCheckpoint:
@@ -87,6 +95,7 @@ class RandomCheckpoint:
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerFast
     model: InternVLForConditionalGeneration
+    flash: FlashModules | None = None
 
     def reference(self) -> InternVLForConditionalGeneration:
         """The undivided model: FP32, evaluation mode, holding exactly the values that are on disk."""
@@ -109,6 +118,7 @@ def make_checkpoint(
     vocab_size: int = 512,
     tie_word_embeddings: bool = False,
     max_tiles: int = 12,
+    flash: bool = False,
     github_config: Mapping[str, Any] | None = None,
     text_config: Mapping[str, Any] | None = None,
 ) -> RandomCheckpoint:
@@ -119,6 +129,7 @@ def make_checkpoint(
         dtype: of the tensors on disk; the reference holds the same values in FP32.
         shards: number of safetensors files; one file is written without an index.
         vocab_size: of the language model; the tokenizer has some ids fewer.
+        flash: with the resolution router and its projector: GitHub layout only, and a width that 16 heads can share.
         github_config: top-level keys to add to or replace in a GitHub ``config.json``.
         text_config: arguments to add to or replace in the text config.
     """
@@ -126,6 +137,7 @@ def make_checkpoint(
     tokenizer = make_tokenizer(vocab_size - _UNUSED_IDS, eos_token="<|return|>" if text == "gpt_oss" else "<|im_end|>")
     config = _make_config(vision, text, tokenizer, vocab_size, tie_word_embeddings, dict(text_config or {}))
     model = _make_model(config, seed, dtype)
+    extra = FlashModules(vision.hidden_size, config.text_config.hidden_size, seed).to(dtype) if flash else None
 
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     if tie_word_embeddings:
@@ -136,13 +148,15 @@ def make_checkpoint(
         tensors = {rename(name): tensor for name, tensor in tensors.items()}
     if layout == "github":
         tensors = _fuse_qkv(tensors)
-        _write_json(path / "config.json", _github_config(config, max_tiles) | dict(github_config or {}))
+        tensors |= extra.state_dict() if extra is not None else {}
+        keys = (_FLASH_CONFIG if flash else {}) | dict(github_config or {})
+        _write_json(path / "config.json", _github_config(config, max_tiles) | keys)
     else:
         config.architectures = ["InternVLForConditionalGeneration"]
         config.save_pretrained(path)
     write_shards(path, tensors, shards)
     _write_companions(path, layout, tokenizer, max_tiles)
-    return RandomCheckpoint(path, layout, dtype, tokenizer, model)
+    return RandomCheckpoint(path, layout, dtype, tokenizer, model, extra.float() if extra is not None else None)
 
 
 @lru_cache(maxsize=8)

@@ -20,6 +20,7 @@ from common.service.settings import Settings
 from deploy import cli, settings
 from deploy.cluster import settings as cluster_settings
 from deploy.cluster.spec import ClusterSpec
+from deploy.encode import settings as encode_settings
 from deploy.local import LocalDeployment
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "bench serve": bench_settings.BenchServeSettings,
     "bench table18": bench_settings.Table18Settings,
     "serve": settings.ServeSettings,
+    "encode": encode_settings.EncodeSettings,
     "chat": settings.ChatSettings,
     "doctor": settings.DoctorSettings,
     "demo": settings.DemoSettings,
@@ -83,6 +85,11 @@ def test_options_exist(command):
     if name == "bench":
         name = f"bench {arguments.pop(0)}"
     declared = SETTINGS[name]
+    if name == "encode":
+        flags, words = cli.encode_arguments(arguments)
+        assert len(words) > 1
+        declared.load(flags)
+        return
     flags, words = cli._split(declared, arguments)
     declared.load(cli.model_first(declared, arguments) if "model" in declared.model_fields else flags)
     assert len(words) <= 1

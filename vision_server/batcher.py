@@ -1,8 +1,8 @@
 """Which tiles go to the device next. Pure: no torch, no clock, no thread, no event loop.
 
-All tiles have one shape, so a batch is any set of tiles; its cost is their number. Images are served in the order in
-which they became ready; an image larger than a batch is spread over several. A batch never waits to be filled: the
-device takes what is there when it is free.
+All tiles have one shape, so a batch is any set of tiles of which the same is wanted; its cost is their number. Images
+are served in the order in which they became ready; an image larger than a batch is spread over several. A batch never
+waits to be filled: the device takes what is there when it is free.
 """
 
 from collections import deque
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from common.service.errors import Overloaded
 
 ImageId = int
+Kind = str
+"""What is to become of an image; opaque here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class TileGroup:
 class _Image:
     num_tiles: int
     num_taken: int = 0
+    kind: Kind = ""
 
 
 class Batcher:
@@ -68,8 +71,11 @@ class Batcher:
     def __len__(self) -> int:
         return len(self._images)
 
-    def admit(self, image: ImageId, num_tiles: int = 1) -> None:
+    def admit(self, image: ImageId, num_tiles: int = 1, *, is_encoded: bool = False) -> None:
         """Take a place; one tile as long as the image's size is unknown.
+
+        Args:
+            is_encoded: nothing will be encoded, only delivered; that, too, is bounded.
 
         Raises:
             Overloaded: ``max_queued_tiles`` would be exceeded.
@@ -77,7 +83,7 @@ class Batcher:
         if image in self._images:
             raise ValueError(f"image {image} was admitted before")
         self._reserve(num_tiles)
-        self._images[image] = _Image(num_tiles)
+        self._images[image] = _Image(num_tiles, num_taken=num_tiles if is_encoded else 0)
 
     def resize(self, image: ImageId, num_tiles: int) -> None:
         """The image's header was read. The place is kept when there is no room for the rest.
@@ -88,17 +94,19 @@ class Batcher:
         self._reserve(num_tiles - self._images[image].num_tiles)
         self._images[image].num_tiles = num_tiles
 
-    def make_ready(self, image: ImageId) -> None:
-        """The image's tiles exist: it joins the queue."""
+    def make_ready(self, image: ImageId, kind: Kind = "") -> None:
+        """The image's tiles exist: it joins the queue. A batch holds tiles of one kind."""
         if image not in self._images:
             raise ValueError(f"image {image} was never admitted")
+        self._images[image].kind = kind
         self._ready.append(image)
 
     def take(self) -> list[TileGroup]:
         """The next batch, empty when no tile is ready. At most one group per image."""
         room = self.max_batch_tiles
         groups: list[TileGroup] = []
-        while room and self._ready:
+        kind = self._images[self._ready[0]].kind if self._ready else ""
+        while room and self._ready and self._images[self._ready[0]].kind == kind:
             image_id = self._ready[0]
             image = self._images[image_id]
             count = min(room, image.num_tiles - image.num_taken)

@@ -1,7 +1,8 @@
-"""The one thread that talks to the device: takes batches from the batcher, encodes, hands features to the event loop.
+"""The one thread that talks to the device: takes batches from the batcher, encodes, hands results to the event loop.
 
-The device works synchronously here; asyncio stays on the other side of ``ComputeThread``. A batch that fails costs its
-images, never the thread; if the thread dies all the same, ``ended`` says so. Knows nothing of gRPC, bytes or sockets.
+The device works synchronously here; asyncio stays on the other side of ``ComputeThread``. Where copies and arithmetic
+can overlap, the next batch is launched before the last one is waited for. A batch that fails costs its images, never
+the thread; if the thread dies all the same, ``ended`` says so. Knows nothing of gRPC, bytes or sockets.
 """
 
 import asyncio
@@ -9,19 +10,22 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.service import metrics
 from common.service.errors import DvdError, InternalError, Overloaded, Unavailable
 from vision_server.batcher import Batcher, ImageId, TileGroup
+from vision_server.device_jobs import EncodedGroup, Group, ImageJob, ProjectionJob, SeenGroup, Times
+from vision_server.encoder import Kind, Projected, Seen
+from vision_server.host_link import Pending
 from vision_server.tiling import Tiles
 
 log = logging.getLogger(__name__)
@@ -30,37 +34,28 @@ _IDLE_SECONDS: Final = 0.5
 """An idle thread shows a sign of life this often, well inside the router's patience of 3 s."""
 _RATE_WEIGHT: Final = 0.1
 """Share of the newest batch in the moving average of tiles per second."""
+_PROJECTION_GRACE_SECONDS: Final = 0.005
+_POLL_SECONDS: Final = 0.001
 _T = TypeVar("_T")
 
 
 class TileEncoder(Protocol):
-    """What the thread needs of ``VisionEncoder``."""
+    """What the thread needs of ``VisionEncoder``; see there."""
 
-    def encode(self, tiles: Tiles) -> Tensor:
-        """Tiles ``[n, S, S, 3]`` uint8 -> features ``[n, tokens per tile, hidden]`` in host memory."""
-        ...
-
+    @property
+    def depth(self) -> int: ...
+    def launch(self, kind: Kind, parts: Sequence[Tiles]) -> Pending[Sequence[Tensor | Seen]]: ...
+    def project(self, patches: Sequence[Tensor], compressed: Sequence[bool]) -> Pending[Projected]: ...
     def release_memory(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedGroup:
-    """Features ``[num_tiles, tokens per tile, hidden]`` of neighbouring tiles; times are ``time.monotonic`` seconds."""
+class _TileBatch:
+    """Groups of tiles that were launched together, and whose they are."""
 
-    first_tile: int
-    features: Tensor
+    parts: Sequence[tuple[TileGroup, ImageJob]]
+    pending: Pending[Sequence[Tensor | Seen]]
     started: float
-    ended: float
-
-
-@dataclass(slots=True)
-class _Job:
-    """An image between decode and the last of its features."""
-
-    tiles: Tiles
-    dtype: torch.dtype
-    results: asyncio.Queue[EncodedGroup | DvdError]
-    num_waiting: int  # tiles not yet in a batch
 
 
 class ComputeThread:
@@ -83,12 +78,16 @@ class ComputeThread:
         self._batcher = batcher
         self._on_progress = on_progress
         self._turn = turn or nullcontext()
+        self._depth = 1 if turn else encoder.depth  # what is under way at the end of a turn would not be over
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self._wake = threading.Condition()  # guards the batcher, the jobs and the two fields below
-        self._jobs: dict[ImageId, _Job] = {}
-        self._running_tiles = 0
+        self._wake = threading.Condition()  # guards the batcher and the fields up to _is_stopping
+        self._jobs: dict[ImageId, ImageJob] = {}
+        self._projections: deque[ProjectionJob] = deque()  # bounded: each belongs to an admitted image
         self._is_stopping = False
+        self._launched: deque[_TileBatch] = deque()  # of the thread
+        self._running_tiles = 0
         self._tiles_per_second = 0.0
+        self._last_ended = 0.0
         self._ids = itertools.count()
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] | None = None
@@ -134,7 +133,7 @@ class ComputeThread:
 
     @property
     def num_running(self) -> int:
-        """Images between decode and the last of their features."""
+        """Images between decode and the last of their results."""
         with self._wake:
             return len(self._jobs)
 
@@ -149,11 +148,11 @@ class ComputeThread:
 
     # --- an image: admit, resize, encode, release
 
-    def admit(self) -> ImageId:
-        """Raises Overloaded when the queue is full."""
+    def admit(self, *, is_encoded: bool = False) -> ImageId:
+        """Raises Overloaded when the queue is full. ``is_encoded``: only a place is needed, nothing will be encoded."""
         image = next(self._ids)
         with self._wake:
-            self._batcher.admit(image)
+            self._batcher.admit(image, is_encoded=is_encoded)
         return image
 
     def resize(self, image: ImageId, num_tiles: int) -> None:
@@ -161,29 +160,57 @@ class ComputeThread:
         with self._wake:
             self._batcher.resize(image, num_tiles)
 
-    async def encode(self, image: ImageId, tiles: Tiles, dtype: torch.dtype) -> AsyncIterator[EncodedGroup]:
-        """Features of an admitted image in ``dtype``, group by group in tile order, as soon as each is there.
+    async def encode(
+        self, image: ImageId, tiles: Tiles, dtype: torch.dtype, kind: Kind = "features"
+    ) -> AsyncIterator[Group]:
+        """Results of an admitted image, group by group in tile order, as soon as each is there.
+
+        ``EncodedGroup`` in ``dtype``, or ``SeenGroup`` where ``kind`` is patches.
 
         Raises:
             Overloaded: the device ran out of memory, also for a single tile.
             InternalError: the device failed on this image.
             Unavailable: the thread has died.
         """
-        results: asyncio.Queue[EncodedGroup | DvdError] = asyncio.Queue(len(tiles) + 1)  # a tile each, and our death
-        job = _Job(tiles, dtype, results, num_waiting=len(tiles))
+        job = ImageJob(kind, tiles, dtype)
         if self.ended.done():
             raise _died()
         with self._wake:
             self._jobs[image] = job
-            self._batcher.make_ready(image)
+            self._batcher.make_ready(image, kind)
             self._wake.notify()
         num_left = len(tiles)
         while num_left:
             result = await job.results.get()
             if isinstance(result, DvdError):
                 raise result
-            num_left -= len(result.features)
+            num_left -= result.num_tiles
             yield result
+        with self._wake:
+            self._jobs.pop(image, None)  # and with it the tiles, which are larger than what came of them
+
+    async def project(
+        self, groups: Sequence[SeenGroup], compressed: Sequence[bool], dtype: torch.dtype
+    ) -> EncodedGroup:
+        """The rows of neighbouring groups, now that it is known which of their tiles are compressed.
+
+        Raises as ``encode`` does.
+        """
+        if self.ended.done():
+            raise _died()
+        patches = [tile for group in groups for tile in group.seen.patches]
+        job = ProjectionJob(patches, compressed, dtype, self._loop.create_future())
+        with self._wake:
+            self._projections.append(job)
+            self._wake.notify()
+        either: list[asyncio.Future[Any]] = [job.result, self.ended]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not job.result.done():
+            raise _died()
+        projected = job.result.result()
+        first = groups[0]
+        times = replace(first.times, ended=time.monotonic())
+        return EncodedGroup(first.first_tile, first.num_image_tiles, projected.tokens_per_tile, projected.rows, times)
 
     def release(self, image: ImageId) -> int:
         """Forget an image; returns how many tiles were dropped unencoded."""
@@ -199,35 +226,107 @@ class ComputeThread:
     # --- in the thread
 
     def _run(self) -> None:
-        while self._wait_for_tiles():
+        while self._wait_for_work():
             with self._turn:
-                self._encode_batch(self._next_batch())
-            self._running_tiles = 0
+                self._advance()
+            self._running_tiles = sum(group.num_tiles for batch in self._launched for group, _ in batch.parts)
             self._on_progress()
 
-    def _wait_for_tiles(self) -> bool:
+    def _wait_for_work(self) -> bool:
         """False when the thread is to stop."""
         with self._wake:
-            while not self._is_stopping and not any(job.num_waiting for job in self._jobs.values()):
+            while not self._is_stopping and not self._launched and not self._has_work():
                 self._wake.wait(_IDLE_SECONDS)
                 self._on_progress()
             return not self._is_stopping
+
+    def _has_work(self) -> bool:
+        return bool(self._projections) or any(job.num_waiting for job in self._jobs.values())
+
+    def _advance(self) -> None:
+        """Launch what there is; wait for what was launched first when enough is under way, or nothing else to do.
+
+        Projections go first: they end an image, and cost a fraction of what a batch does. An image that was just seen
+        to its end is about to be projected: its caller gets a moment to say so, rather than a batch in its way.
+        """
+        if projections := self._take_projections():
+            self._project(projections)
+        elif len(self._launched) < self._depth and (groups := self._next_batch()):
+            self._launch(groups)
+        if self._launched and not self._work_comes():
+            batch = self._launched.popleft()
+            self._finish(batch)
+            if not self._launched and any(job.kind == "patches" and job.num_pending == 0 for _, job in batch.parts):
+                with self._wake:
+                    self._wake.wait_for(lambda: self._projections or self._is_stopping, _PROJECTION_GRACE_SECONDS)
+
+    def _work_comes(self) -> bool:
+        """Whether there is something to launch before the oldest batch is done: tiles while there is room are uploaded
+        beside it, and projections never wait for it."""
+        pending, has_room = self._launched[0].pending, len(self._launched) < self._depth
+        with self._wake:
+            while not (pending.is_done() or self._is_stopping):
+                if self._projections or (has_room and self._has_work()):
+                    return True
+                self._wake.wait(_POLL_SECONDS)
+        return False
+
+    def _take_projections(self) -> list[ProjectionJob]:
+        """Those that wait, as many as make a batch."""
+        taken: list[ProjectionJob] = []
+        room = self._batcher.max_batch_tiles
+        with self._wake:
+            while self._projections and (not taken or room >= len(self._projections[0].patches)):
+                taken.append(self._projections.popleft())
+                room -= len(taken[-1].patches)
+        return taken
 
     def _next_batch(self) -> list[TileGroup]:
         """What is ready now; empty when its images have left, or the thread is to stop."""
         with self._wake:
             groups = [] if self._is_stopping else self._batcher.take()
-            self._running_tiles = sum(group.num_tiles for group in groups)
+            self._running_tiles += sum(group.num_tiles for group in groups)
             for group in groups:
                 if (job := self._jobs.get(group.image)) is not None:
                     job.num_waiting -= group.num_tiles
             return groups
 
-    def _encode_batch(self, groups: list[TileGroup]) -> None:
-        """One pass over the batch; what fails together is tried again apart, once."""
-        error = self._try(groups)
-        if error is None:
-            return
+    # --- tiles
+
+    def _launch(self, groups: Sequence[TileGroup]) -> None:
+        """Start one pass over the batch; a batch that cannot even be started is tried again apart."""
+        try:
+            batch = self._start(groups)
+        except torch.AcceleratorError:
+            raise  # the device's context is gone: only a new process helps
+        except Exception as error:  # noqa: BLE001 - the seam to the device: whatever it raises costs this batch only
+            while self._launched:  # an image's groups keep their order, and the device gets its memory back
+                self._finish(self._launched.popleft())
+            self._retry_apart(groups, error)
+        else:
+            self._launched.extend([batch] if batch is not None else [])
+
+    def _start(self, groups: Sequence[TileGroup]) -> _TileBatch | None:
+        """None if nobody waits for these tiles any more."""
+        with self._wake:
+            parts = [(group, job) for group in groups if (job := self._jobs.get(group.image)) is not None]
+        if not parts:
+            return None
+        tiles = [job.tiles[group.first_tile : group.first_tile + group.num_tiles] for group, job in parts]
+        started = time.monotonic()
+        pending = self._encoder.launch(parts[0][1].kind, tiles)
+        return _TileBatch(parts, pending, started)
+
+    def _finish(self, batch: _TileBatch) -> None:
+        """Wait for a batch and hand out what came of it; what failed together is tried again apart, once."""
+        try:
+            self._hand_out(batch, batch.pending.result())
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in _launch
+            self._retry_apart([group for group, _ in batch.parts], error)
+
+    def _retry_apart(self, groups: Sequence[TileGroup], error: Exception) -> None:
         pieces = list(_single_tiles(groups)) if _is_out_of_memory(error) else groups
         if len(pieces) == 1:
             self._fail(pieces[0], error)
@@ -235,65 +334,109 @@ class ComputeThread:
         log.warning("a batch of %d images failed, trying its parts one by one", len(groups), exc_info=error)
         self._encoder.release_memory()
         for piece in pieces:
-            if (error := self._try([piece])) is not None:
-                self._fail(piece, error)
+            try:
+                if (batch := self._start([piece])) is not None:
+                    self._hand_out(batch, batch.pending.result())
+            except torch.AcceleratorError:
+                raise
+            except Exception as failure:  # noqa: BLE001 - as in _launch
+                self._fail(piece, failure)
 
-    def _try(self, groups: list[TileGroup]) -> Exception | None:
-        """Encode groups as one batch and hand out the features; returns what went wrong."""
-        with self._wake:
-            alive = [(group, job) for group in groups if (job := self._jobs.get(group.image)) is not None]
-        if not alive:
-            return None
-        tiles = [job.tiles[group.first_tile : group.first_tile + group.num_tiles] for group, job in alive]
-        started = time.monotonic()
-        try:
-            features = self._encoder.encode(np.concatenate(tiles) if len(tiles) > 1 else tiles[0])
-            sizes = [group.num_tiles for group, _ in alive]
-            parts = [part.to(job.dtype) for part, (_, job) in zip(torch.split(features, sizes), alive, strict=True)]
-        except torch.AcceleratorError:
-            raise  # the device's context is gone: only a new process helps
-        except Exception as error:  # noqa: BLE001 - the seam to the device: whatever it raises costs this batch only
-            return error
+    def _hand_out(self, batch: _TileBatch, results: Sequence[Tensor | Seen]) -> None:
         ended = time.monotonic()
-        self._measure(features, len(alive), ended - started)
-        for part, (group, job) in zip(parts, alive, strict=True):
-            self._hand_out(job, EncodedGroup(group.first_tile, part, started, ended))
-        return None
-
-    def _hand_out(self, job: _Job, group: EncodedGroup) -> None:
-        if not torch.isfinite(group.features).all():
-            metrics.VISION_NONFINITE.inc()
-            self._post(job, InternalError("the image's features are not finite"))
-        else:
-            self._post(job, group)
+        self._measure(batch, ended)
+        for (group, job), result in zip(batch.parts, results, strict=True):
+            news: Group | DvdError
+            try:
+                times = Times(job.queued, batch.started, ended)
+                news = job.group(group.first_tile, result, times)
+                job.num_pending -= group.num_tiles
+                if isinstance(news, EncodedGroup) and job.kind == "features":
+                    _count_tiles(news.tokens_per_tile)
+            except InternalError as error:
+                news = error
+            self._post(job, news)
 
     def _fail(self, group: TileGroup, error: Exception) -> None:
         log.error("an image cannot be encoded", exc_info=error)
         with self._wake:
             job = self._jobs.pop(group.image, None)
         if job is not None:
-            is_memory = _is_out_of_memory(error)
-            self._post(job, Overloaded("out of device memory") if is_memory else InternalError("encoding failed"))
+            self._post(job, _translated(error))
 
-    def _post(self, job: _Job, result: EncodedGroup | DvdError) -> None:
-        self._loop.call_soon_threadsafe(job.results.put_nowait, result)
+    def _post(self, job: ImageJob, news: Group | DvdError) -> None:
+        self._loop.call_soon_threadsafe(job.results.put_nowait, news)
 
-    def _measure(self, features: Tensor, num_images: int, seconds: float) -> None:
-        num_tiles, tokens_per_tile = features.shape[:2]
+    def _measure(self, batch: _TileBatch, ended: float) -> None:
+        num_tiles = sum(group.num_tiles for group, _ in batch.parts)
+        # Batches overlap: the device gave this one the time since the last one ended.
+        seconds = ended - max(batch.started, self._last_ended)
+        self._last_ended = ended
         rate = num_tiles / max(seconds, 1e-6)
         previous = self._tiles_per_second or rate
         self._tiles_per_second = previous + _RATE_WEIGHT * (rate - previous)
-        metrics.VISION_ENCODE_SECONDS.observe(seconds)
+        metrics.VISION_ENCODE_SECONDS.observe(ended - batch.started)
         metrics.VISION_BATCH_TILES.observe(num_tiles)
-        metrics.VISION_BATCH_ITEMS.observe(num_images)
-        metrics.VISION_TILES.labels(str(tokens_per_tile)).inc(num_tiles)
-        metrics.VISION_FEATURE_TOKENS.inc(num_tiles * tokens_per_tile)
+        metrics.VISION_BATCH_ITEMS.observe(len(batch.parts))
+
+    # --- projections
+
+    def _project(self, jobs: Sequence[ProjectionJob]) -> None:
+        """Together; what fails together is tried again apart, once."""
+        jobs = [job for job in jobs if not job.result.done()]
+        try:
+            self._try_projections(jobs)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if len(jobs) > 1:
+                self._encoder.release_memory()
+                for job in jobs:
+                    self._project([job])
+                return
+            log.error("tiles cannot be projected", exc_info=error)
+            self._loop.call_soon_threadsafe(_settle, jobs[0], _translated(error))
+
+    def _try_projections(self, jobs: Sequence[ProjectionJob]) -> None:
+        if not jobs:
+            return
+        patches = [tile for job in jobs for tile in job.patches]
+        compressed = [is_compressed for job in jobs for is_compressed in job.compressed]
+        projected = self._encoder.project(patches, compressed).result()
+        tokens = iter(projected.tokens_per_tile)
+        own_tokens = [tuple(itertools.islice(tokens, len(job.patches))) for job in jobs]
+        rows = torch.split(projected.rows, [sum(counts) for counts in own_tokens])
+        results = [job.own(own, counts) for job, own, counts in zip(jobs, rows, own_tokens, strict=True)]
+        _count_tiles(projected.tokens_per_tile)
+        for job, result in zip(jobs, results, strict=True):
+            self._loop.call_soon_threadsafe(_settle, job, result)
 
 
-def _single_tiles(groups: list[TileGroup]) -> Iterator[TileGroup]:
+def _settle(job: ProjectionJob, result: Projected | DvdError) -> None:
+    if job.result.done():  # its caller has left
+        return
+    if isinstance(result, DvdError):
+        job.result.set_exception(result)
+    else:
+        job.result.set_result(result)
+
+
+def _count_tiles(tokens_per_tile: Sequence[int]) -> None:
+    for num_tokens in tokens_per_tile:
+        metrics.VISION_TILES.labels(str(num_tokens)).inc()
+    metrics.VISION_FEATURE_TOKENS.inc(sum(tokens_per_tile))
+
+
+def _single_tiles(groups: Sequence[TileGroup]) -> Iterator[TileGroup]:
     for group in groups:
         for tile in range(group.first_tile, group.first_tile + group.num_tiles):
             yield TileGroup(group.image, tile, 1)
+
+
+def _translated(error: Exception) -> DvdError:
+    if isinstance(error, InternalError):
+        return error
+    return Overloaded("out of device memory") if _is_out_of_memory(error) else InternalError("encoding failed")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -19,10 +19,10 @@ class FreeCores:
         self._num_free = num_threads
         self._rounds_left = 0
 
-    @property
-    def num_threads(self) -> int:
-        """That the next round should use. All of them now and then, to see whether the others have gone."""
-        return self._num_free if self._rounds_left > 0 else self._num_threads
+    def num_threads(self, *, may_look: bool = True) -> int:
+        """That the next round should use. All of them now and then, to see whether the others have gone; not in a round
+        where that would cost much, unless there is no other."""
+        return self._num_free if self._rounds_left > 0 or not may_look else self._num_threads
 
     def observe(self, num_threads: int, seconds: float, processor_seconds: float) -> None:
         """A round is over."""

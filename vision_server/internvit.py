@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from common.model.config import VisionConfig
 from common.service.errors import CheckpointError
 from vision_server.attention import attend
+from vision_server.cpu_tower import CpuLayer, PatchProduct, run_layers
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,  # exact (erf), as every published checkpoint
@@ -52,14 +53,23 @@ class Embeddings(nn.Module):
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + num_patches, config.hidden_size))
+        self._product: PatchProduct | None = None
+
+    def pack(self) -> None:
+        self._product = PatchProduct(self.patch_embedding)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = self._embed_patches(pixels)
         positions = _resized(self.position_embedding, patches.shape[1])
         hidden = patches.new_empty(patches.shape[0], positions.shape[1], positions.shape[2])
         hidden[:, :1] = self.class_embedding + positions[:, :1]
         torch.add(patches, positions[:, 1:], out=hidden[:, 1:])
         return hidden
+
+    def _embed_patches(self, pixels: Tensor) -> Tensor:
+        if self._product is not None:
+            return self._product(pixels)
+        return self.patch_embedding(pixels).flatten(2).transpose(1, 2)
 
 
 def _resized(positions: Tensor, num_patches: int) -> Tensor:
@@ -143,14 +153,30 @@ class InternViT(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.num_layers_run = select_layer % num_states
+        self._activation = config.hidden_act
+        self._cpu_layers: list[CpuLayer] | None = None
+
+    def pack(self) -> None:
+        """From now on, compute by cpu_tower.py, with the weights there are now; on other devices, change nothing.
+
+        For a loaded model that only infers: packed weights cannot be trained, saved, loaded or moved. One matrix is in
+        memory twice, for a moment.
+        """
+        if self.embeddings.class_embedding.device.type != "cpu":
+            return
+        self.embeddings.pack()
+        run = list(self.encoder.layers)[: self.num_layers_run]
+        self._cpu_layers = [CpuLayer(layer, self._activation) for layer in run]
 
     def forward(self, pixels: Tensor, on_layer: Callable[[], None] = lambda: None) -> Tensor:
-        """Normalised pixels ``[n, 3, S, S]`` -> ``[n, patches, hidden]``, row-major, class token dropped.
+        """Normalised pixels ``[n, 3, S, S]`` -> ``[n, 1 + patches, hidden]``, class token first, then row-major.
 
         ``on_layer`` is called after each layer: a sign of life where one batch takes long.
         """
         hidden = self.embeddings(pixels)
+        if self._cpu_layers is not None:
+            return run_layers(self._cpu_layers, hidden, on_layer)
         for layer in self.encoder.layers[: self.num_layers_run]:
             hidden = layer(hidden)
             on_layer()
-        return hidden[:, 1:]
+        return hidden

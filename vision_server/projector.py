@@ -1,6 +1,6 @@
-"""From patches of the tower to tokens of the language model: pixel shuffle, then ``mlp1``.
+"""From patches of the tower to tokens of the language model: pixel shuffle, then ``mlp1``, or ``mlp2`` for fewer.
 
-Source: INTERNVL.md 4.2 (shuffle order) and 2.2 (``mlp1``). Knows nothing of tiles, images or batches.
+Source: INTERNVL.md 4.2 (shuffle order) and 2.2 (``mlp1``, ``mlp2``). Knows nothing of tiles, images or batches.
 """
 
 import math
@@ -36,6 +36,23 @@ def make_mlp1(config: InternVLConfig) -> nn.Sequential:
         nn.Linear(shuffled_size, config.text_hidden_size),
         make_activation(config.projector_act),
         nn.Linear(config.text_hidden_size, config.text_hidden_size),
+    )
+
+
+def make_mlp2(config: InternVLConfig) -> nn.Sequential:
+    """The projector of compressed tiles in Flash checkpoints: ``[n, tokens, (2 * factor)**2 * vision hidden]`` ->
+    ``[n, tokens, text hidden]``."""
+    shuffled_size = config.vision.hidden_size * (2 * shuffle_factor(config)) ** 2
+    size = config.text_hidden_size
+    return nn.Sequential(
+        nn.LayerNorm(shuffled_size, eps=_LAYER_NORM_EPS),
+        nn.Linear(shuffled_size, 2 * size),
+        nn.GELU(),
+        nn.Identity(),  # dropout in training, as behind the next one
+        nn.Linear(2 * size, 2 * size),
+        nn.GELU(),
+        nn.Identity(),
+        nn.Linear(2 * size, size),
     )
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from common.model import memory
 from common.model.checkpoint import Checkpoint
 from common.model.config import InternVLConfig, load_config
+from common.model.device import choose_device
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled
 from common.service.health import add_health
@@ -28,8 +29,11 @@ from protos.status_pb2 import (
 )
 from vision_server.batcher import Batcher
 from vision_server.compute import ComputeThread
+from vision_server.decode_pool import DecodePool
+from vision_server.delivery import Delivery, FrameCourier
 from vision_server.encoder import VisionEncoder
-from vision_server.servicer import FrameCourier, VisionServicer
+from vision_server.pipeline import ImagePipeline
+from vision_server.servicer import VisionServicer
 from vision_server.settings import VisionSettings
 
 log = logging.getLogger(__name__)
@@ -64,15 +68,32 @@ class VisionServer:
         self.board = StatusBoard(
             settings.name, fingerprint, _model_info(settings, self.config), self._load_report, self._metrics_address
         )
-        self.encoder = VisionEncoder(self.config, settings.device, settings.dtype, on_progress=self.board.bump)
+        self.encoder = VisionEncoder(
+            self.config,
+            settings.device,
+            settings.dtype,
+            is_batch_invariant=settings.batch_invariant,
+            use_cuda_graphs=settings.cuda_graphs,
+            compile_layers=settings.compile and choose_device(settings.device).type != "cpu",
+            on_progress=self.board.bump,
+        )
         weights = memory.weight_bytes(checkpoint, "vision", self.encoder.dtype)
         memory.check_fits(_TITLE, {"weights": weights}, self.encoder.device)
         batch_tiles = settings.max_batch_tiles or self.encoder.preferred_batch_tiles
-        batcher = Batcher(min(batch_tiles, settings.max_queued_tiles), settings.max_queued_tiles)
+        self._batch_tiles = min(batch_tiles, settings.max_queued_tiles)
+        batcher = Batcher(self._batch_tiles, settings.max_queued_tiles)
         self.compute = ComputeThread(self.encoder, batcher, on_progress=self.board.bump, turn=turn)
         self._senders = SenderPool(transports=settings.transports)
+        self._decoder = DecodePool(
+            settings.decode_workers, max_pixels=settings.max_pixels, max_tiles=settings.max_tiles_per_image
+        )
         self._servicer = VisionServicer(
-            settings, self.config, fingerprint, self.compute, courier or self._senders, self.board
+            settings,
+            self.config,
+            ImagePipeline(self._decoder, self.compute, settings.feature_cache_bytes),
+            self._decoder,
+            Delivery(courier or self._senders, fingerprint, settings.encode_timeout),
+            self.board,
         )
         self._grpc = rpc.make_server()
         add_health(self._grpc, self.board)
@@ -87,6 +108,7 @@ class VisionServer:
         """Listen, answering that the server is not ready. Raises ConfigError if the address cannot be had."""
         self.address = rpc.bind(self._grpc, self.settings.listen)
         await self._grpc.start()
+        await self._decoder.start()
 
     async def load(self, progress: Progress = lambda done, total: None) -> None:
         """Read the weights, encode one tile to warm up, and open the doors.
@@ -107,7 +129,7 @@ class VisionServer:
         with memory.explained(_TITLE, self.encoder.device):
             await self.compute.call(lambda: self.encoder.load(self.settings.model, watched))
             loaded = time.monotonic()
-            await self.compute.call(self.encoder.warm_up)
+            await self.compute.call(lambda: self.encoder.warm_up(self._batch_tiles))
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
         self.compute.start()
@@ -138,7 +160,7 @@ class VisionServer:
         await self._grpc.stop(_LINGER_SECONDS)
         has_ended = await self.compute.stop(_STOP_SECONDS)
         await self._senders.close()
-        self._servicer.close()
+        await self._decoder.close()
         return has_ended
 
     @property
@@ -175,6 +197,9 @@ def _model_info(settings: VisionSettings, config: InternVLConfig) -> ModelInfo:
         use_thumbnail=config.tiling.use_thumbnail,
         dynamic_image_size=config.tiling.dynamic,
         vocab_size=config.vocab_size,
+        is_flash=config.flash is not None,
+        vir_relative_threshold=config.flash.relative_threshold if config.flash else 0.0,
+        vir_absolute_threshold=config.flash.absolute_threshold if config.flash else 0.0,
     )
 
 

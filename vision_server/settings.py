@@ -26,7 +26,13 @@ class VisionSettings(ServerSettings):
     max_queued_tiles: int = Field(512, ge=1, description="tiles of all images held at once; more are refused")
     max_tiles_per_image: int = Field(40, ge=1, le=255, description="thumbnail not counted")
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="pixels of one image")
-    decode_threads: int = Field(2, ge=1, description="threads that decode and tile images")
+    decode_workers: int = Field(2, ge=1, description="processes that decode and tile images")
+    feature_cache_bytes: int = Field(2**30, ge=0, description="of images encoded lately that are kept; 0: none")
+    batch_invariant: bool = Field(
+        False, description="features of a tile are the same bits whatever it is batched with; costs speed"
+    )
+    cuda_graphs: bool = Field(True, description="on CUDA, replay batches that were captured at the start")
+    compile: bool = Field(False, description="torch.compile the layers, on CUDA; on a CPU the tower's are fused")
     threads: int | None = Field(None, ge=1, description="CPU threads of one batch; default: torch's choice")
     nice: int = Field(0, ge=0, le=19, description="OS priority; 19: only on cores that nobody else wants at the moment")
     transports: tuple[Literal["zmq", "grpc"], ...] = Field(("zmq", "grpc"), description="ways to deliver features")

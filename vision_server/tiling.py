@@ -9,31 +9,36 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.model.geometry import Tiling, choose_grid
+from vision_server.pillow_memory import rgbx
+from vision_server.resample import stretch
 
 Tiles = NDArray[np.uint8]
 """``[num_tiles, S, S, 3]``, RGB, row-major tiles, thumbnail last."""
 
 
-def make_tiles(image: Image.Image, tiling: Tiling) -> Tiles:
-    """Stretch ``image`` over its grid and cut it. As many tiles as ``geometry.count_tiles`` says."""
-    cols, rows = _grid(image, tiling)
+def make_tiles(image: Image.Image, tiling: Tiling, out: Tiles | None = None) -> Tiles:
+    """Stretch ``image`` over its grid and cut it. As many tiles as ``geometry.count_tiles`` says.
+
+    Args:
+        image: mode RGB.
+        out: where to write them; default: new memory.
+    """
+    return tiles_of_pixels(rgbx(image), tiling, out)
+
+
+def tiles_of_pixels(pixels: Tiles, tiling: Tiling, out: Tiles | None = None) -> Tiles:
+    """The same for pixels ``[H, W, 4]`` whose fourth byte means nothing; contiguous and writable, but only read."""
+    height, width, _ = pixels.shape
     side = tiling.tile_size
-    with_thumbnail = tiling.dynamic and tiling.use_thumbnail and cols * rows > 1
-    tiles = np.empty((cols * rows + with_thumbnail, side, side, 3), dtype=np.uint8)
-    sheet = _pixels(image, cols * side, rows * side)
-    cells = tiles[: cols * rows].reshape(rows, cols, side, side, 3)
-    cells[...] = sheet.reshape(rows, side, cols, side, 3).swapaxes(1, 2)
+    cols, rows = 1, 1
+    if tiling.dynamic:
+        cols, rows = choose_grid(width, height, tiling.min_tiles, tiling.max_tiles, side)
+    num_cells = cols * rows
+    with_thumbnail = tiling.dynamic and tiling.use_thumbnail and num_cells > 1
+    shape = (num_cells + with_thumbnail, side, side, 3)
+    tiles = np.empty(shape, np.uint8) if out is None else out
+    assert tiles.shape == shape
+    stretch(pixels, tiles[:num_cells], cols)
     if with_thumbnail:
-        tiles[-1] = _pixels(image, side, side)
+        stretch(pixels, tiles[num_cells:], 1)
     return tiles
-
-
-def _grid(image: Image.Image, tiling: Tiling) -> tuple[int, int]:
-    if not tiling.dynamic:
-        return 1, 1
-    return choose_grid(image.width, image.height, tiling.min_tiles, tiling.max_tiles, tiling.tile_size)
-
-
-def _pixels(image: Image.Image, width: int, height: int) -> Tiles:
-    """Bicubic is Pillow's default for RGB; the reference relies on that default."""
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

@@ -5,7 +5,7 @@ import numpy as np
 from numba import prange
 
 from common.kernels.compiler import kernel
-from common.kernels.numbers import exp, narrow, widen
+from common.kernels.numbers import LOG2_E, as_ordered, exp, exp2, from_ordered, narrow, widen
 
 NO_WINDOW = 1 << 62
 NO_SINKS = np.empty(0, np.float32)
@@ -29,17 +29,18 @@ def softmax_without_division(scores, scaling, num_queries, offset, window, sinks
         end = min(num_keys, offset + row % num_queries + 1)
         start = max(0, end - window)
         seen = scores[row, start:end]  # indices that begin at 0 make loops that vectorise
-        highest = widen(seen[0])
+        most = as_ordered(seen[0])
         for column in range(len(seen)):
-            highest = max(highest, widen(seen[column]))
-        highest *= scaling
+            most = max(most, as_ordered(seen[column]))
+        highest = from_ordered(most) * scaling
         total = np.float32(0.0)
         if len(sinks):
             sink = sinks[row // num_queries]
             highest = max(highest, sink)
             total = exp(sink - highest)
+        factor, most_power = scaling * LOG2_E, highest * LOG2_E
         for column in range(len(seen)):
-            weight = exp(widen(seen[column]) * scaling - highest)
+            weight = exp2(widen(seen[column]) * factor - most_power, scores[0, 0])
             total += weight
             seen[column] = narrow(weight, scores[0, 0])
         scores[row, :start] = narrow(np.float32(0.0), scores[0, 0])

@@ -45,6 +45,9 @@ _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 _QUANTIZATION: Final = "quantization_config"
 _HEAD_NAMES: Final = ("lm_head.weight", "language_model.lm_head.weight")
 
+VIR_HEADS: Final = 16
+"""Heads of the attention that pools a tile for the resolution router; in no config (INTERNVL.md 2.2)."""
+
 CONFIG_FILES: Final = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 """The files ``load_config`` reads, those that exist."""
 
@@ -189,7 +192,7 @@ def _github_config(path: Path, top: Section) -> InternVLConfig:
             dynamic=top.get("dynamic_image_size", bool, False),
         ),
         template=template,
-        system_message=top.get("system_message", str, SYSTEM_MESSAGES[template]),
+        system_message=_system_message(top, template),
         image_mean=_rgb(processor, "image_mean", _IMAGENET_MEAN),
         image_std=_rgb(processor, "image_std", _IMAGENET_STD),
         projector_act="gelu",
@@ -225,6 +228,13 @@ def _hf_config(path: Path, top: Section) -> InternVLConfig:
         tie_word_embeddings=_is_tied(path, top, text),
         generation=_generation(path, top, text),
     )
+
+
+def _system_message(top: Section, template: str) -> str | None:
+    """An explicit null is no system turn at all, which is neither the template's default nor an empty message."""
+    if top.values.get("system_message", "") is None:
+        return None
+    return top.get("system_message", str, SYSTEM_MESSAGES[template])
 
 
 def _github_vision(section: Section) -> VisionConfig:
@@ -355,7 +365,11 @@ def _rgb(section: Section, key: str, default: Any = MISSING) -> tuple[float, flo
 def _flash(top: Section) -> FlashConfig | None:
     if not top.get("flash_mode", bool, False):
         return None
-    return FlashConfig(top.get("flash_relative_threshold", float), top.get("flash_absolute_threshold", float))
+    thresholds = {key: top.get(key, float) for key in ("flash_relative_threshold", "flash_absolute_threshold")}
+    for key, value in thresholds.items():
+        if not 0 <= value <= 1:
+            raise top.error(key, f"expected a number from 0 to 1, found {value}")
+    return FlashConfig(*thresholds.values())
 
 
 def _is_tied(path: Path, top: Section, text: Mapping[str, Any]) -> bool:
@@ -409,6 +423,11 @@ def _geometry_problems(config: InternVLConfig) -> Iterator[str]:
         yield f"image sizes {vision.image_size} and {side} must be multiples of patch_size {vision.patch_size}"
     if (factor := 1 / config.downsample_ratio) != int(factor) or side // vision.patch_size % int(factor):
         yield f"downsample_ratio {config.downsample_ratio} does not divide {side // vision.patch_size} patches a side"
+    if config.flash is not None:
+        if vision.hidden_size % VIR_HEADS:
+            yield f"vision hidden_size {vision.hidden_size} is not a multiple of the {VIR_HEADS} heads of ViR"
+        if side // vision.patch_size % int(2 * factor):
+            yield f"{side // vision.patch_size} patches a side cannot be divided once more for compressed tiles"
     num_states = vision.num_hidden_layers + 1
     if not -num_states <= config.select_layer < num_states:
         yield f"select_layer {config.select_layer} of a ViT with {vision.num_hidden_layers} layers"

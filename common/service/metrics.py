@@ -100,6 +100,7 @@ TIME_PER_OUTPUT_TOKEN_SECONDS = Histogram(
 )
 PROMPT_TOKENS = Counter("dvd_prompt_tokens", "Prompt tokens.", ["kind"], registry=_router)
 CACHED_PROMPT_TOKENS = Counter("dvd_cached_prompt_tokens", "Prompt tokens whose KV was reused.", registry=_router)
+SAVED_PROMPT_TOKENS = Counter("dvd_saved_prompt_tokens", "Prompt tokens that ViR made unnecessary.", registry=_router)
 GENERATION_TOKENS = Counter("dvd_generation_tokens", "Generated tokens.", registry=_router)
 REQUEST_PROMPT_TOKENS = Histogram("dvd_request_prompt_tokens", "Per request.", buckets=_TOKENS, registry=_router)
 REQUEST_GENERATION_TOKENS = Histogram(
@@ -142,7 +143,18 @@ VISION_ITEM_TILES = Histogram("dvd_vision_item_tiles", "Tiles per image.", bucke
 VISION_DECODE_REJECTED = Counter(
     "dvd_vision_decode_rejected", "Images that cannot be read.", ["reason"], registry=_vision
 )
+VISION_DECODER_CRASHES = Counter("dvd_vision_decoder_crashes", "Decode workers that died or hung.", registry=_vision)
 VISION_NONFINITE = Counter("dvd_vision_nonfinite", "Groups of tiles with NaN or infinite features.", registry=_vision)
+VISION_CACHE_ENTRIES = Gauge("dvd_vision_cache_entries", "Images in the cache.", registry=_vision)
+VISION_CACHE_BYTES = Gauge("dvd_vision_cache_bytes", "Of images in the cache.", registry=_vision)
+VISION_CACHE_LIMIT_BYTES = Gauge("dvd_vision_cache_limit_bytes", "What the cache may hold.", registry=_vision)
+VISION_CACHE_QUERIES = Counter("dvd_vision_cache_queries", "Images looked up.", registry=_vision)
+VISION_CACHE_HITS = Counter("dvd_vision_cache_hits", "Images found.", registry=_vision)
+VISION_CACHE_HIT_TOKENS = Counter("dvd_vision_cache_hit_tokens", "Feature rows of images found.", registry=_vision)
+VISION_CACHE_EVICTIONS = Counter("dvd_vision_cache_evictions", "Images that made room.", registry=_vision)
+VISION_COALESCED = Counter(
+    "dvd_vision_coalesced", "Images that another call was encoding at that moment.", registry=_vision
+)
 
 # --- transfer, both ends
 _ENDS = ["transport", "direction"]
@@ -186,6 +198,9 @@ LANGUAGE_REQUEST_DURATION_SECONDS = Histogram(
     "dvd_language_request_duration_seconds", "Call to end.", buckets=_END_TO_END, registry=_language
 )
 LANGUAGE_PROMPT_TOKENS = Counter("dvd_language_prompt_tokens", "Prompt tokens.", ["kind"], registry=_language)
+LANGUAGE_VIR_SAVED_TOKENS = Counter(
+    "dvd_language_vir_saved_tokens", "Image tokens that ViR made unnecessary.", registry=_language
+)
 LANGUAGE_GENERATION_TOKENS = Counter("dvd_language_generation_tokens", "Generated tokens.", registry=_language)
 LANGUAGE_PREEMPTIONS = Counter("dvd_language_preemptions", "Sequences put back to waiting.", registry=_language)
 LANGUAGE_PREFIX_CACHE_QUERIES = Counter(

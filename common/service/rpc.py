@@ -18,8 +18,8 @@ from common.service.listen import check_free
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 32 * 2**20
-"""An image of 20 MB with its framing; never unlimited (RELIABILITY.md section 6)."""
+MAX_MESSAGE_BYTES = 72 * 2**20
+"""A video of 64 MiB with its framing; never unlimited (RELIABILITY.md section 6)."""
 
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 10_000),

@@ -23,7 +23,7 @@ from pydantic import (
 from common.service.errors import ConfigError
 from deploy.cluster.mistakes import check_options, explain
 from deploy.cluster.tiers import TIERS, Tier
-from deploy.settings import NANO
+from deploy.settings import EMBEDDED, NANO
 
 LOCAL: Final = "local"
 AUTO: Final = "auto"
@@ -172,8 +172,8 @@ class ClusterSpec(_Part):
     @field_validator("model")
     @classmethod
     def _check_model(cls, model: str) -> str:
-        if model != NANO and not model.startswith("/"):
-            raise ValueError(f"expected {NANO}, or a directory from the root that every node has")
+        if model not in EMBEDDED and not model.startswith("/"):
+            raise ValueError(f"expected {', '.join(EMBEDDED)}, or a directory from the root that every node has")
         return model
 
     @classmethod

@@ -20,6 +20,7 @@ from transformers import (
     InternVLForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3Model,
 )
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
@@ -118,9 +119,9 @@ def see(model: InternVLForConditionalGeneration, images: torch.Tensor, cells: to
     return model.model.multi_modal_projector(hidden[:, 1:].reshape(*cells.shape, 4 * WIDTH))
 
 
-def read(model: InternVLForConditionalGeneration, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def read(language: Qwen3Model, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Language model over embeddings [B, S, 128] at their true `positions` [B, S]; causal."""
-    language, length = model.model.language_model, hidden.shape[1]
+    length = hidden.shape[1]
     rotary = language.rotary_emb(hidden, positions)
     mask = torch.full((1, 1, length, length), -1e4, dtype=hidden.dtype).triu(1)
     for layer in language.layers:
@@ -159,9 +160,9 @@ def export(model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokeniz
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    _write(folder / "preprocessor_config.json", _preprocessor())
+    write_json(folder / "preprocessor_config.json", _preprocessor())
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": NUM_CELLS}
-    _write(folder / "processor_config.json", processor)
+    write_json(folder / "processor_config.json", processor)
     for path in folder.iterdir():
         path.chmod(0o644)
         path.rename(out / path.name)
@@ -188,5 +189,6 @@ def _preprocessor() -> dict[str, object]:
     }
 
 
-def _write(path: Path, content: dict[str, object]) -> None:
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """A config file as the published checkpoints have them."""
     path.write_text(json.dumps(content, indent=2) + "\n")

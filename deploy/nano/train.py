@@ -197,7 +197,7 @@ def answer_loss(
     """
     tail, labels = stack_tails(group)
     hidden, positions = splice(model, group, tokens, tail, speech)
-    hidden = read(model, hidden, positions)[:, -tail.shape[1] :]
+    hidden = read(model.model.language_model, hidden, positions)[:, -tail.shape[1] :]
     wanted = labels != IGNORE
     logits = model.lm_head(hidden[wanted]).float()
     loss = F.cross_entropy(logits, labels[wanted], reduction="sum")

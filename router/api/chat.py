@@ -22,12 +22,16 @@ from protos.status_pb2 import ModelInfo
 from router.admission import Admission, HeldBytes, Slot
 from router.api.answers import AnswerOptions, FullAnswer, StreamAnswer
 from router.api.exchange import Exchange
+from router.api.media_parts import MediaCount
+from router.api.messages import ReadMessage, media_of, read_messages
 from router.api.models import ModelList
 from router.api.schemas import ChatCompletionRequest, parse_chat
-from router.api.translate import Origin, count_images, translate
+from router.api.translate import Origin, translate
+from router.api.video import probe_lengths
 from router.fleet import Fleet
-from router.pipeline import ChatRequest, Pipeline
+from router.pipeline import Pipeline
 from router.record import Deadline
+from router.request import ChatRequest
 from router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
@@ -124,9 +128,11 @@ class ChatEndpoint:
         _name_request(exchange, parsed)
         _refuse_ignored(exchange, ignored)
         model = self._check_model(parsed)
-        self._check_servers(parsed)
-        exchange.record.num_images = count_images(parsed)
-        exchange.record.kind = "image" if exchange.record.num_images else "text"
+        media = MediaCount.of(parsed)
+        self._check_servers(media)
+        exchange.record.num_images, exchange.record.num_videos = media.images, media.videos
+        exchange.record.kind = "image" if media.items else "text"
+        exchange.record.is_flash = model.is_flash
         with self._admission.enter(exchange.record.kind) as slot:
             request = await self._translate(exchange, parsed, model, is_large)
             answer = self._make_answer(exchange, parsed, slot, _ignored_header(ignored))
@@ -143,11 +149,23 @@ class ChatEndpoint:
             tenant=exchange.tenant,
             deadline=Deadline(exchange.record.received_at + self._time_limit(exchange)),
         )
-        request: ChatRequest = await _in_thread_if(is_large, translate, parsed, origin, model, self._settings)
+        messages: list[ReadMessage]
+        messages = await _in_thread_if(is_large, read_messages, parsed, model, self._settings)
+        await self._learn_lengths(messages, origin.deadline)
+        request: ChatRequest
+        request = await _in_thread_if(is_large, translate, parsed, messages, origin, model, self._settings)
         if request.images:
             exchange.record.media_seconds = time.monotonic() - started_at
             exchange.record.num_tiles = sum(image.num_tiles for image in request.images)
         return request
+
+    async def _learn_lengths(self, messages: Sequence[ReadMessage], deadline: Deadline) -> None:
+        """Of videos whose number of frames depends on it. Raises DvdError."""
+        unknown = [medium for medium in media_of(messages) if medium.frames is not None]
+        if unknown:
+            videos = [(medium.data, medium.param) for medium in unknown]
+            for medium, length in zip(unknown, await probe_lengths(self._fleet, videos, deadline), strict=True):
+                medium.set_length(length)
 
     def _make_answer(
         self, exchange: Exchange, parsed: ChatCompletionRequest, slot: Slot, headers: Mapping[str, str]
@@ -170,8 +188,8 @@ class ChatEndpoint:
             raise _not_ready()
         return self._fleet.model
 
-    def _check_servers(self, parsed: ChatCompletionRequest) -> None:
-        if not self._fleet.has_language or (count_images(parsed) and not self._fleet.has_vision):
+    def _check_servers(self, media: MediaCount) -> None:
+        if not self._fleet.has_language or (media.items and not self._fleet.has_vision):
             raise _not_ready()
 
     def _time_limit(self, exchange: Exchange) -> float:

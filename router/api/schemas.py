@@ -28,6 +28,10 @@ ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}\Z")]
 Uuid = Annotated[str, Meta(pattern=r"^[\x20-\x7e]{1,128}\Z")]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Detail = Literal["low", "high", "auto"]
+FrameCount = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+FramesPerSecond = Annotated[float, Meta(ge=-1, le=1000)]
+Threshold = Annotated[float, Meta(ge=0, le=1)]
+Frames = Annotated[list[str], Meta(min_length=1)]
 
 
 class ImageUrl(Struct):
@@ -39,12 +43,23 @@ class ImageUrl(Struct):
     min_dynamic_patch: PositiveInt | None = None
 
 
+class VideoUrl(Struct):
+    """Where a video is, or its frames as images, and how many frames of it are looked at; -1: no limit of this kind."""
+
+    url: str | None = None
+    frames: Frames | None = None
+    num_frames: FrameCount | None = None
+    fps: FramesPerSecond | None = None
+
+
 class Part(Struct):
     """One part of a message. Which other fields count depends on ``type``."""
 
     type: str
     text: str | None = None
     image_url: str | ImageUrl | None = None
+    video_url: str | VideoUrl | None = None
+    video: Frames | None = None
     uuid: Uuid | None = None
 
 
@@ -79,7 +94,7 @@ class ResponseFormat(Struct):
     json_schema: JsonSchema | None = None
 
 
-class TileBudget(Struct, forbid_unknown_fields=True):
+class ProcessorKwargs(Struct, forbid_unknown_fields=True):
     """``mm_processor_kwargs``: the only two keys that are read."""
 
     max_dynamic_patch: PositiveInt | None = None
@@ -87,10 +102,10 @@ class TileBudget(Struct, forbid_unknown_fields=True):
 
 
 class VideoIo(Struct, forbid_unknown_fields=True):
-    """Accepted for clients that always send it."""
+    """The same for all videos. Clients that always send it may do so without any video."""
 
-    num_frames: PositiveInt | None = None
-    fps: float | None = None
+    num_frames: FrameCount | None = None
+    fps: FramesPerSecond | None = None
 
 
 class MediaIo(Struct, forbid_unknown_fields=True):
@@ -103,6 +118,23 @@ class ChatTemplateKwargs(Struct, forbid_unknown_fields=True):
     """``chat_template_kwargs``: a template is a program here, this is all that it can be told."""
 
     enable_thinking: bool | None = None
+
+
+class VirFields(Struct, forbid_unknown_fields=True):
+    """``dvd.vir``: which tiles a Flash model compresses."""
+
+    mode: Literal["off", "auto", "force64"] | None = None
+    scope: Literal["request", "image", "absolute"] | None = None
+    relative_threshold: Threshold | None = None
+    absolute_threshold: Threshold | None = None
+
+
+class DvdFields(Struct, forbid_unknown_fields=True):
+    """``dvd``: what no other server has. A wish that is not understood is refused, whatever ``X-Dvd-Strict`` says."""
+
+    vir: VirFields | None = None
+    tile_budget: Literal["per_image", "shared"] | None = None
+    combine_images: bool | None = None
 
 
 class ChatCompletionRequest(Struct):
@@ -138,8 +170,9 @@ class ChatCompletionRequest(Struct):
     stream_options: StreamOptions | None = None
     max_dynamic_patch: PositiveInt | None = None
     min_dynamic_patch: PositiveInt | None = None
-    mm_processor_kwargs: TileBudget | None = None
+    mm_processor_kwargs: ProcessorKwargs | None = None
     media_io_kwargs: MediaIo | None = None
+    dvd: DvdFields | None = None
     request_id: ClientId | None = None
     rid: ClientId | None = None
     priority: Annotated[int, Meta(ge=-128, le=127)] | None = None

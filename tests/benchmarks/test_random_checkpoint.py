@@ -1,6 +1,7 @@
 """A checkpoint that no server can tell from a released one, except by its answers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,21 @@ def test_a_shape_has_as_many_parameters_as_the_released_model(name, vision, proj
         sums[tensor.partition(".")[0]] += math.prod(shape)
     assert sums["vision_model"] == vision
     assert [sums["mlp1"], sums["language_model"]] == pytest.approx([projector, language], rel=2e-3)
+
+
+def test_a_flash_shape_has_what_the_released_model_has_beside_the_base(tmp_path):
+    """INTERNVL.md section 2.7; what is loaded of it scores and projects tiles."""
+    sums = dict.fromkeys(("mlp2", "pooling_before_gating", "gating"), 0)
+    base = {name for name, _ in tensors(SHAPES["8B"])}
+    for tensor, shape in tensors(SHAPES["8B-Flash"]):
+        if tensor not in base:
+            sums[tensor.partition(".")[0]] += math.prod(shape)
+    assert list(sums.values()) == pytest.approx([235.0e6, 16.80e6, 33.59e6], rel=2e-3)
+    tiny = SHAPES["tiny"]
+    write_checkpoint(tmp_path, replace(tiny, is_flash=True))
+    encoder = VisionEncoder(load_config(tmp_path), "cpu", "float32")
+    encoder.load(tmp_path)
+    encoder.warm_up()
 
 
 def test_both_sides_load_it_and_compute_numbers(tmp_path):

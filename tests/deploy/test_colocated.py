@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -42,12 +43,14 @@ from protos.vision_pb2 import EncodeRequest, TilingOptions
 from protos.vision_pb2_grpc import VisionStub
 from tests.checkpoints import RandomCheckpoint, make_checkpoint
 from tests.deploy.test_local import children_of, is_alive
-from tests.language_server.conftest import Reply, make_request, message
+from tests.language_server.conftest import Reply, make_request
+from tests.language_server.messages import message
 from tests.language_server.test_engine_thread import FakeEngine, Sink
 from tests.vision_server.neighbours import TICKET, FeatureSink, encoded, picture
 from vision_server.batcher import Batcher
 from vision_server.compute import ComputeThread
-from vision_server.encoder import VisionEncoder
+from vision_server.encoder import Kind, Projected, VisionEncoder
+from vision_server.host_link import Done
 
 DEADLINE = 60.0
 
@@ -116,9 +119,14 @@ async def test_a_batch_and_a_step_never_overlap_and_alternate():
     witness = Witness(turn)
 
     class Encoder:
-        def encode(self, tiles: np.ndarray) -> torch.Tensor:
+        depth = 2  # ignored: a batch that is under way at the end of a turn would overlap with a step
+
+        def launch(self, kind: Kind, parts: Items[np.ndarray]) -> Done[Items[torch.Tensor]]:
             witness.compute("batch")
-            return torch.zeros(len(tiles), 4, 2)
+            return Done([torch.zeros(len(part), 4, 2) for part in parts])
+
+        def project(self, patches: Items[torch.Tensor], compressed: Items[bool]) -> Done[Projected]:
+            raise AssertionError("there is nothing to project")
 
         def release_memory(self) -> None: ...
 
@@ -222,6 +230,7 @@ class Router:
         call = EncodeRequest(
             request_id=self.request.request_id,
             mm_hash=bytes(32),
+            image_hash=bytes(32),
             image=encoded(picture()),
             tiling=TilingOptions(min_dynamic_patch=1, max_dynamic_patch=1, use_thumbnail=False),
             deliver_to=admitted.deliver_to,
@@ -351,7 +360,7 @@ def test_one_page_of_metrics_for_both_tiers():
     assert "dvd_http_requests" not in page
 
 
-def broken_encode(encoder, tiles):
+def broken_launch(encoder, kind, parts):
     raise torch.AcceleratorError("the vision side's device is gone")
 
 
@@ -362,7 +371,7 @@ def broken_step(engine, *_limits):
 @pytest.mark.parametrize(
     "broken, name, replacement, reason",
     [
-        (VisionEncoder, "encode", broken_encode, "the vision side's device is gone"),
+        (VisionEncoder, "launch", broken_launch, "the vision side's device is gone"),
         (LanguageEngine, "step", broken_step, "the language side has a bug"),
     ],
     ids=["vision", "language"],

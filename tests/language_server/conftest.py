@@ -17,8 +17,9 @@ from language_server.server import LanguageServer
 from language_server.settings import LanguageSettings
 from protos import language_pb2_grpc
 from protos.frame import FrameHeader, pack_header, with_checksum
-from protos.language_pb2 import Admitted, ChatMessage, Finished, GenerateRequest, ImageRef, SamplingParams, Token
+from protos.language_pb2 import Admitted, Finished, GenerateRequest, ImageRef, SamplingParams, Token
 from tests.checkpoints import make_checkpoint
+from tests.language_server.messages import message
 
 TOKENS_PER_TILE = 256
 
@@ -30,19 +31,26 @@ def checkpoint(tmp_path_factory):
 
 @dataclass
 class Image:
-    """Tiles that were drawn at random, and what the reference's vision side makes of them."""
+    """What a vision server makes of an image or a video."""
 
-    pixel_values: torch.Tensor  # [num_tiles, 3, 448, 448]
-    features: torch.Tensor  # [num_tiles * 256, hidden]
+    features: torch.Tensor  # [sum(sizes), hidden]
+    sizes: list[int]  # tokens of each tile
     mm_hash: bytes
+    pixel_values: torch.Tensor | None = None  # [num_tiles, 3, 448, 448], of which the features were made
+    is_video: bool = False
 
     @property
     def num_tiles(self):
-        return len(self.pixel_values)
+        return len(self.sizes)
 
     @property
     def num_tokens(self):
+        """At most."""
         return self.num_tiles * TOKENS_PER_TILE
+
+    @property
+    def tiles(self):
+        return self.features.split(self.sizes)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +63,8 @@ def images(checkpoint):
 def _draw(model, seed, num_tiles):
     pixel_values = torch.randn(num_tiles, 3, 448, 448, generator=torch.Generator().manual_seed(seed))
     features = model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-    return Image(pixel_values, features.flatten(0, 1).contiguous(), bytes([seed]) * 32)
+    sizes = [TOKENS_PER_TILE] * num_tiles
+    return Image(features.flatten(0, 1).contiguous(), sizes, bytes([seed]) * 32, pixel_values)
 
 
 @torch.inference_mode()
@@ -84,11 +93,6 @@ def _hf_part(part):
     return {"type": "text", "text": part.text} if part.WhichOneof("part") == "text" else {"type": "image"}
 
 
-def message(role, *parts):
-    """A part is text, or the index of an image."""
-    return ChatMessage(role=role, parts=[{"text": p} if isinstance(p, str) else {"image_index": p} for p in parts])
-
-
 _request_ids = itertools.count(1)
 
 
@@ -99,7 +103,10 @@ def make_request(messages, images=(), *, output_token_ids=(), thinking=False, **
     return GenerateRequest(
         request_id=next(_request_ids).to_bytes(16, "big"),
         messages=messages,
-        images=[ImageRef(mm_hash=image.mm_hash, max_num_tokens=image.num_tokens) for image in images],
+        images=[
+            ImageRef(mm_hash=image.mm_hash, max_num_tokens=image.num_tokens, is_video=image.is_video)
+            for image in images
+        ],
         sampling=SamplingParams(**(values | sampling)),
         output_token_ids=output_token_ids,
         thinking=thinking,
@@ -160,7 +167,7 @@ class System:
         """Send the tiles of one image, last one first; returns the transports that carried them."""
         image = images[index]
         ticket = changes.pop("ticket", None) or next(m.ticket for m in admitted.missing if m.image_index == index)
-        rows = (image.features if features is None else features).split(TOKENS_PER_TILE)
+        rows = image.tiles if features is None else features.split(image.sizes)
         used = set()
         for tile in reversed(range(image.num_tiles)) if tiles is None else tiles:
             payload = rows[tile].numpy()
@@ -173,7 +180,7 @@ class System:
                 image.num_tiles,
                 payload.shape[1],
                 "float32",
-                (TOKENS_PER_TILE,),
+                (len(payload),),
                 0,
             )
             header = with_checksum(dataclasses.replace(header, **changes), payload)

@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.model.graphs import Repeat
 from common.service.errors import InternalError, Unavailable
 from language_server.block_manager import BlockManager
-from language_server.cuda_graphs import Repeat
 from language_server.engine import EngineConfig, LanguageEngine
 from language_server.engine_thread import EngineThread
+from language_server.image_spans import ImageSpan, ImageSpans
 from language_server.in_flight import InFlight, UnknownTokens
 from language_server.model_runner import PreparedChunk
 from language_server.scheduler import ScheduledChunk
-from language_server.sequence import UNKNOWN_TOKEN, ImageSpan, SamplingParams, Sequence
+from language_server.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 from tests.language_server.conftest import eventually
 from tests.language_server.constraints import Steps
 from tests.language_server.models import tiny_model
@@ -173,7 +174,7 @@ def make_choices(index, request, features):
     choices = []
     for choice in range(request["num_choices"]):
         params = SamplingParams(**sampling, seed=request["seed"] + choice)
-        sequence = Sequence(10 * index + choice, request_id, list(prompt), params, spans)
+        sequence = Sequence(10 * index + choice, request_id, list(prompt), params, ImageSpans(spans))
         if request["way"] == "grammar":
             sequence.constraint = Steps({50, 51}, set(range(60, 200)), {EOS, 70}, endless=True)
         choices.append(sequence)

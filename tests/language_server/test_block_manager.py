@@ -1,15 +1,18 @@
 """KV accounting: what is taken comes back, and two sequences share a block only on purpose."""
 
+from itertools import pairwise
+
 import pytest
 
 from language_server.block_manager import BlockManager
-from language_server.sequence import ImageSpan, SamplingParams, Sequence
+from language_server.image_spans import ImageSpan, ImageSpans
+from language_server.sequence import SamplingParams, Sequence
 
 BLOCK = 4
 
 
 def make_sequence(tokens, *, spans=(), scope="", seq_id=0):
-    return Sequence(seq_id, b"r", list(tokens), SamplingParams(max_tokens=8), spans, cache_scope=scope)
+    return Sequence(seq_id, b"r", list(tokens), SamplingParams(max_tokens=8), ImageSpans(spans), cache_scope=scope)
 
 
 def compute(blocks, sequence):
@@ -81,6 +84,37 @@ def test_the_same_image_cut_differently_does_not_share():
     compute(blocks, make_sequence(prompt, spans=[ImageSpan(0, 0, 8, b"a" * 32)]))
     two_images = [ImageSpan(0, 0, 4, b"a" * 32), ImageSpan(1, 4, 4, b"a" * 32)]
     assert compute(blocks, make_sequence(prompt, spans=two_images)) == 4
+
+
+def test_other_tiles_of_the_same_image_do_not_share():
+    prompt = [1, 2, *[9] * 8, 3, 4, 5]
+    blocks = BlockManager(32, BLOCK)
+    compute(blocks, make_sequence(prompt, spans=[ImageSpan(0, 2, 8, b"a" * 32)]))
+    assert compute(blocks, make_sequence(prompt, spans=[ImageSpan(0, 2, 8, b"a" * 32, first_row=8)])) == 0
+    half = [ImageSpan(0, 2, 4, b"a" * 32), ImageSpan(0, 6, 4, b"a" * 32, first_row=8)]
+    assert compute(blocks, make_sequence(prompt, spans=half)) == 4
+
+
+@pytest.mark.parametrize("cuts", [(3,), (4,), (1, 2, 7)])
+def test_the_same_rows_share_in_however_many_pieces(cuts):
+    prompt = [1, 2, *[9] * 8, 3, 4, 5]
+    edges = list(pairwise([0, *cuts, 8]))
+    blocks = BlockManager(32, BLOCK)
+    compute(blocks, make_sequence(prompt, spans=[ImageSpan(0, 2, 8, b"a" * 32)]))
+    pieces = [ImageSpan(index, 2 + row, end - row, b"a" * 32, first_row=row) for index, (row, end) in enumerate(edges)]
+    assert compute(blocks, make_sequence(prompt, spans=pieces)) == 12
+
+
+def test_text_between_two_frames_is_part_of_what_is_shared():
+    def video(gap, second_row=4):
+        spans = [ImageSpan(0, 1, 4, b"v" * 32), ImageSpan(0, 5 + len(gap), 4, b"v" * 32, second_row)]
+        return make_sequence([1, *[9] * 4, *gap, *[9] * 4, 3, 4, 5, 6], spans=spans)
+
+    blocks = BlockManager(64, BLOCK)
+    compute(blocks, video([7, 8]))
+    assert compute(blocks, video([7, 8])) == 12
+    assert compute(blocks, video([7, 8], second_row=8)) == 4
+    assert compute(blocks, video([7, 6])) == 4
 
 
 def test_scopes_do_not_share():

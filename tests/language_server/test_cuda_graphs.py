@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from common.model.graphs import Repeat
 from language_server.attention.base import DecodeLayout, KVCache
 from language_server.attention.cpu import CpuBackend
 from language_server.attention.paged import ForwardContext
 from language_server.attention.triton_paged import TritonBackend
 from language_server.backbone import LanguageBackbone, build_model
-from language_server.cuda_graphs import Repeat, batch_sizes, is_decode_only
+from language_server.cuda_graphs import batch_sizes, is_decode_only
 from language_server.engine import EngineConfig, LanguageEngine
 from language_server.model_runner import ModelRunner
 from language_server.scheduler import ScheduledChunk

@@ -9,7 +9,8 @@ import torch
 
 from common.service.errors import ConfigError, InternalError, InvalidRequest, Overloaded, Unavailable
 from language_server.engine import EngineConfig, LanguageEngine
-from language_server.sequence import ImageSpan, SamplingParams, Sequence
+from language_server.image_spans import ImageSpan, ImageSpans
+from language_server.sequence import SamplingParams, Sequence
 from tests.language_server.constraints import Steps
 from tests.language_server.models import FAMILIES, tiny_model
 
@@ -48,7 +49,9 @@ def make_engine(family="qwen3", features=None, **config):
 
 def make_sequence(seq_id, prompt, *, spans=(), outputs=(), **sampling):
     params = SamplingParams(**({"max_tokens": MAX_TOKENS, "temperature": 0.0} | sampling))
-    return Sequence(seq_id, str(seq_id).encode(), list(prompt), params, spans, output_token_ids=list(outputs))
+    return Sequence(
+        seq_id, str(seq_id).encode(), list(prompt), params, ImageSpans(spans), output_token_ids=list(outputs)
+    )
 
 
 def run(engine, on_step=lambda: None, max_steps=2000):
@@ -177,6 +180,30 @@ def test_rows_that_arrive_late_and_in_pieces_give_the_same_tokens(rows_per_step)
     for sequence, images in requests:
         assert [output.token_id for output in outputs[sequence.seq_id]] == expected_reply(sequence, images)
     assert len(outputs[50]) > 0
+
+
+@pytest.mark.parametrize("config", [{}, {"num_kv_blocks": 9, "max_num_seqs": 4}], ids=["roomy", "tiny-kv"])
+def test_a_video_whose_rows_arrive_across_its_frames(config):
+    features = Features()
+    engine = make_engine(features=features, **config)
+    rows = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(8))
+    prompt, spans = [90, 91], []
+    for frame in range(4):
+        spans.append(ImageSpan(0, len(prompt), 5, b"v" * 32, first_row=5 * frame))
+        prompt += [*[PLACEHOLDER] * 5, 100 + frame, 110]
+    videos = [make_sequence(seq_id, prompt, spans=spans) for seq_id in (0, 1)]
+    pieces = [rows[span.first_row : span.end_row] for span in spans]
+    for video in videos:
+        features.put(video.request_id, 0, rows, ready=0)
+        engine.add(video)
+
+    def arrive():
+        for key in features.images:
+            features.ready[key] = min(20, features.ready[key] + 3)
+
+    outputs = run(engine, arrive)
+    for video in videos:
+        assert [output.token_id for output in outputs[video.seq_id]] == expected_reply(video, pieces)
 
 
 def test_images_survive_preemption():
@@ -474,6 +501,7 @@ def test_rows_that_are_not_numbers_fail_alone_and_are_not_cached():
         (make_sequence(0, [20], max_tokens=0), "invalid_value"),
         (make_sequence(0, [20] * 9, spans=[ImageSpan(0, 5, 5, b"a")]), "invalid_value"),
         (make_sequence(0, [20] * 9, spans=[ImageSpan(0, 1, 4, b"a"), ImageSpan(1, 4, 2, b"b")]), "invalid_value"),
+        (make_sequence(0, [20] * 9, spans=[ImageSpan(0, 1, 4, b"a"), ImageSpan(0, 5, 2, b"a", 3)]), "invalid_value"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(sequence, code):

@@ -2,10 +2,11 @@
 
 import asyncio
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -13,7 +14,7 @@ from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from common.transport.base import receive_frame
 from language_server.feature_image import FeatureLayout, ImageKey
 from language_server.features import FeatureStore
-from protos.frame import FrameHeader, FrameRejected, pack_header, with_checksum
+from protos.frame import MAX_TILES, FrameHeader, FrameRejected, pack_header, with_checksum
 
 TOKENS, HIDDEN = 4, 3
 TILE_BYTES = TOKENS * HIDDEN * 4
@@ -84,10 +85,132 @@ async def test_flash_tiles_are_counted_as_they_come():
     store = make_store(layout=FLASH)
     lease = await reserve(store, [key("a", 3)])
     assert deliver(store, lease, *frame([1, 4, 1])) == "ok"
-    assert lease.num_image_tokens == [6]
+    assert lease.tile_tokens == [[1, 4, 1]]
     assert store.reserved_bytes == 6 * HIDDEN * 4
     lease.release()
     assert (store.reserved_bytes, store.cached_bytes) == (0, 6 * HIDDEN * 4)
+
+
+async def test_what_a_flash_image_will_have_at_least_is_known_from_the_start():
+    store = make_store(layout=FLASH)
+    lease = await reserve(store, [key("a", 3), key("b")])
+    assert (lease.tile_tokens, lease.min_num_tokens, lease.awaited) == ([[], []], 3 + 1, {0, 1})
+    assert deliver(store, lease, *frame([4], first=1, of=3)) == "ok"
+    assert lease.min_num_tokens == 4  # its place is not known before the first tile's size
+    assert deliver(store, lease, *frame([4], of=3)) == "ok"
+    assert (lease.tile_tokens, lease.min_num_tokens) == ([[4, 4], []], 4 + 4 + 1 + 1)
+    assert deliver(store, lease, *frame([1], first=2, of=3)) == "ok"
+    assert (lease.tile_tokens, lease.min_num_tokens, lease.awaited) == ([[4, 4, 1], []], 9 + 1, {1})
+    plain = await reserve(make_store(), [key("a", 3)])
+    assert (plain.tile_tokens, plain.min_num_tokens, plain.rows_hashes) == ([[4, 4, 4]], 12, [key("a").mm_hash])
+
+
+async def test_a_flash_image_is_named_by_what_became_of_its_tiles():
+    """Encoded again it may have other rows under the same key: KV of the one must not be taken for the other's."""
+    names = {}
+    for sizes in ([1, 4], [4, 1], [1, 4]):
+        store = make_store(layout=FLASH)
+        lease = await reserve(store, [key("a", 2)])
+        deliver(store, lease, *frame(sizes))
+        names.setdefault(tuple(sizes), set()).update(lease.rows_hashes)
+    assert [len(name) for name in names.values()] == [1, 1]
+    assert len({key("a").mm_hash, *names[1, 4], *names[4, 1]}) == 3
+
+
+async def test_a_complete_flash_image_serves_the_next_request_with_the_same_tiles():
+    store = make_store(layout=FLASH)
+    first = await reserve(store, [key("a", 3)])
+    deliver(store, first, *frame([1, 4, 1]))
+    first.release()
+    again = await reserve(store, [key("a", 3)], b"s" * 16)
+    assert (again.missing, again.tile_tokens, again.rows_hashes) == ({}, first.tile_tokens, first.rows_hashes)
+    assert store.reserved_bytes == 6 * HIDDEN * 4
+
+
+async def test_room_that_compression_left_goes_to_who_waits():
+    store = make_store(num_tiles=4, layout=FLASH)
+    lease = await reserve(store, [key("a", 3)])
+    waiter = asyncio.create_task(reserve(store, [key("b", 3)], b"s" * 16))
+    await asyncio.sleep(0)
+    assert store.num_waiting == 1
+    deliver(store, lease, *frame([1, 1, 1]))
+    assert sorted((await waiter).missing) == [0]
+    assert store.reserved_bytes == (3 + 3 * TOKENS) * HIDDEN * 4
+
+
+async def test_a_tile_that_is_kept_does_not_keep_its_whole_frame():
+    store = make_store()
+    lease = await reserve(store, [key("a", 4)])
+    deliver(store, lease, *frame(3, first=1, of=4))
+    deliver(store, lease, *frame(4, of=4, attempt=1))
+    image = lease._images[0]
+    assert image.is_complete
+    held = {tile.untyped_storage().data_ptr(): tile.untyped_storage().nbytes() for tile in image._prefix}
+    assert sum(held.values()) == 4 * TILE_BYTES
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_attempts_that_differ_leave_each_tile_as_it_was_first_ready(data):
+    """Two attempts cut and size the tiles in their own ways; their frames come in any order, twice."""
+    asyncio.run(check_attempts(data))
+
+
+async def check_attempts(data):
+    num_tiles = data.draw(st.integers(1, 5))
+    store = make_store(layout=FLASH)
+    lease = await reserve(store, [key("a", num_tiles)])
+    image = lease._images[0]
+    frames = [each for attempt in (0, 1) for each in draw_attempt(data, attempt, num_tiles)]
+    events = data.draw(st.permutations([(each, kind) for each in 2 * frames for kind in ("place", "finish")]))
+    placed: dict[FrameHeader, memoryview] = {}
+    expected: list[torch.Tensor | None] = [None] * num_tiles
+    for (header, rows), kind in events:
+        try:
+            if kind == "place":
+                placed[header] = store.place(header, pack_header(header, lease.missing[0]))
+                continue
+            if header not in placed:
+                continue
+            placed[header][:] = memoryview(rows.numpy()).cast("B")
+            store.commit(header)
+        except FrameRejected as error:
+            assert error.reason in ("duplicate", "stale")
+            continue
+        for index, tile in enumerate(rows.split(list(header.tokens_per_tile)), header.first_tile):
+            expected[index] = tile if expected[index] is None else expected[index]
+        check_image(store, image, expected)
+    for header, rows in draw_attempt(data, 2, num_tiles):
+        deliver(store, lease, header, rows)
+    assert lease.is_complete
+    assert lease.tile_tokens == [[len(tile) for tile in image._prefix]]
+    assert all(old is None or len(old) == size for size, old in zip(lease.tile_tokens[0], expected, strict=True))
+    assert store.reserved_bytes == image.num_bytes == sum(lease.tile_tokens[0]) * HIDDEN * 4
+    assert (store.num_awaited, len(image.pending)) == (0, 0)
+
+
+def draw_attempt(data, attempt, num_tiles):
+    """Frames that hold every tile once, each tile with a size and rows of its own."""
+    sizes = data.draw(st.lists(st.sampled_from((1, TOKENS)), min_size=num_tiles, max_size=num_tiles))
+    edges = sorted({0, num_tiles, *data.draw(st.lists(st.integers(0, num_tiles), max_size=3))})
+    frames = []
+    for first, end in itertools.pairwise(edges):
+        header, rows = frame(sizes[first:end], first=first, of=num_tiles, attempt=attempt)
+        rows = rows + 100 * attempt
+        frames.append((with_checksum(header, rows.numpy()), rows))
+    return frames
+
+
+def check_image(store, image, expected):
+    prefix = list(itertools.takewhile(lambda tile: tile is not None, expected))
+    assert store.num_ready_tokens(REQUEST, 0) == sum(map(len, prefix))
+    assert image.tile_tokens == [len(tile) for tile in prefix]
+    if prefix:
+        whole = torch.cat(prefix)
+        assert torch.equal(store.rows(REQUEST, 0, 0, len(whole)), whole)
+        assert torch.equal(store.rows(REQUEST, 0, len(whole) - 1, len(whole)), whole[-1:])
+    most = image.num_tiles * TILE_BYTES
+    assert store.reserved_bytes == (sum(map(len, prefix)) * HIDDEN * 4 if image.is_complete else most)
 
 
 @pytest.mark.parametrize(
@@ -305,10 +428,19 @@ async def test_waiting_for_space_ends():
     assert store.num_waiting == 0
 
 
-@pytest.mark.parametrize("keys", [[key("a", 9)], [ImageKey(bytes(32), 0)], [ImageKey(bytes(32), TOKENS + 1)]])
-async def test_what_can_never_fit_is_refused(keys):
-    with pytest.raises(InvalidRequest):
+@pytest.mark.parametrize(
+    ("keys", "param"),
+    [
+        ([key("a", 9)], None),
+        ([key("a"), ImageKey(bytes(32), 0)], "images[1].max_num_tokens"),
+        ([ImageKey(bytes(32), TOKENS + 1)], "images[0].max_num_tokens"),
+        ([key("a", MAX_TILES + 1)], "images[0].max_num_tokens"),  # no frame could say so
+    ],
+)
+async def test_what_can_never_fit_is_refused(keys, param):
+    with pytest.raises(InvalidRequest) as caught:
         await reserve(make_store(), keys)
+    assert caught.value.param == param
 
 
 async def test_a_request_id_is_used_once_at_a_time():

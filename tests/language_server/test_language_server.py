@@ -30,10 +30,10 @@ from tests.checkpoints import make_checkpoint
 from tests.language_server.conftest import (
     eventually,
     make_request,
-    message,
     reference_tokens,
     running_system,
 )
+from tests.language_server.messages import message
 
 TURNS = [
     message("user", 0, "what number is written in the picture?"),
@@ -563,6 +563,7 @@ async def test_status_tells_routers_what_they_need(system):
     status = await call.read()
     assert status.state == WORKER_STATE_READY
     assert (status.model.tokens_per_tile, status.model.vocab_size, status.model.max_model_len) == (256, 512, 16384)
+    assert not status.model.is_flash
     assert status.language.total_kv_blocks == status.language.free_kv_blocks > 0
     assert status.language.free_feature_bytes == 2**22
     later = await call.read()

@@ -8,9 +8,10 @@ import torch
 from common.service.errors import InternalError
 from language_server.attention import choose_backend
 from language_server.attention.base import KVCache
+from language_server.image_spans import ImageSpan, ImageSpans
 from language_server.model_runner import ModelRunner
 from language_server.scheduler import ScheduledChunk
-from language_server.sequence import ImageSpan, SamplingParams, Sequence
+from language_server.sequence import SamplingParams, Sequence
 from tests.language_server.models import tiny_model
 
 HIDDEN = 56
@@ -38,7 +39,7 @@ class Bench:
         self.next_block = 0
 
     def sequence(self, prompt, spans=()):
-        sequence = Sequence(self.next_block, b"r", prompt, SamplingParams(max_tokens=4), spans)
+        sequence = Sequence(self.next_block, b"r", prompt, SamplingParams(max_tokens=4), ImageSpans(spans))
         sequence.block_table = list(range(self.next_block, self.next_block + 8))
         self.next_block += 8
         return sequence
@@ -50,7 +51,7 @@ class Bench:
         """Logits after the prompt, from the undivided language model on embeddings put together by hand."""
         embeds = self.model.get_input_embeddings()(torch.tensor([prompt])).clone()
         for span in spans:
-            embeds[0, span.start : span.end] = images[span.image_index].float()
+            embeds[0, span.start : span.end] = images[span.image_index][span.first_row : span.end_row].float()
         with torch.inference_mode():
             hidden = self.model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
             return self.model.lm_head(hidden[0, -1])
@@ -71,6 +72,26 @@ def test_image_rows_take_the_places_of_their_placeholders(cuts, dtype):
     sequence = bench.sequence(prompt, spans)
     edges = [0, *cuts, len(prompt)]
     for start, end in pairwise(edges):
+        logits = bench.run((sequence, start, end))
+    torch.testing.assert_close(logits[0], bench.expected(prompt, spans, images), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [(), (3,), (6, 7, 20), (5, 13, 14, 22)])
+def test_frames_of_one_video_and_a_block_of_two_images(cuts):
+    """Rows of an image go where its pieces lie, each from its own first row on."""
+    images = make_images(9, 4)
+    spans = [
+        ImageSpan(0, 2, 3, b"v"),
+        ImageSpan(0, 8, 3, b"v", first_row=3),
+        ImageSpan(0, 13, 3, b"v", first_row=6),
+        ImageSpan(1, 16, 4, b"i"),
+    ]
+    prompt = list(range(20, 44))
+    for span in spans:
+        prompt[span.start : span.end] = [PLACEHOLDER] * span.num_tokens
+    bench = Bench(images)
+    sequence = bench.sequence(prompt, spans)
+    for start, end in pairwise([0, *cuts, len(prompt)]):
         logits = bench.run((sequence, start, end))
     torch.testing.assert_close(logits[0], bench.expected(prompt, spans, images), atol=5e-5, rtol=1e-5)
 

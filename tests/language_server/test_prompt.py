@@ -10,8 +10,8 @@ from common.model.config import SYSTEM_MESSAGES
 from common.service.errors import CheckpointError, InvalidRequest
 from language_server.prompt import THINKING_MESSAGE, PromptBuilder
 from language_server.tokenizer import GROUNDING_TOKENS, STRUCTURE_TOKENS, Tokenizer
-from protos.language_pb2 import ChatMessage
 from tests.checkpoints import SPECIAL_TOKENS, make_tokenizer
+from tests.language_server.messages import message, video
 
 FAST = make_tokenizer()
 TOKENIZER = Tokenizer(FAST.backend_tokenizer)
@@ -22,17 +22,9 @@ def builder(template="internvl2_5", system_message=None):
     return PromptBuilder(TOKENIZER, template, system_message)
 
 
-def message(role, *parts, inline_images=False):
-    """A part is text, or the index of an image."""
-    return ChatMessage(
-        role=role,
-        parts=[{"text": part} if isinstance(part, str) else {"image_index": part} for part in parts],
-        inline_images=inline_images,
-    )
-
-
 def ids_of(prompt, *num_image_tokens):
-    return prompt.lay_out(num_image_tokens, [bytes(32)] * len(num_image_tokens))[0]
+    """Of a prompt in which each image has one tile of so many tokens."""
+    return prompt.lay_out([[count] for count in num_image_tokens], [bytes(32)] * len(num_image_tokens))[0]
 
 
 def expand(rendered, *num_image_tokens):
@@ -79,7 +71,7 @@ CONVERSATIONS = {
 def test_ids_equal_the_chat_template_of_transformers(name):
     messages, counts = CONVERSATIONS[name]
     rendered = FAST.apply_chat_template(hf_messages(messages), tokenize=False, add_generation_prompt=True)
-    assert ids_of(builder().build(messages, len(counts)), *counts) == expand(rendered, *counts)
+    assert ids_of(builder().build(messages, [1] * len(counts)), *counts) == expand(rendered, *counts)
 
 
 @given(st.lists(PLAIN_TEXT, min_size=1, max_size=5))
@@ -87,12 +79,12 @@ def test_ids_equal_the_chat_template_of_transformers(name):
 def test_text_is_tokenised_as_one_string_between_special_tokens(texts):
     messages = [message("user", *texts), message("assistant", texts[0]), message("user", texts[-1])]
     rendered = FAST.apply_chat_template(hf_messages(messages), tokenize=False, add_generation_prompt=True)
-    assert ids_of(builder().build(messages, 0)) == FAST(rendered)["input_ids"]
+    assert ids_of(builder().build(messages, [])) == FAST(rendered)["input_ids"]
 
 
 def test_spans_name_the_placeholders():
-    prompt = builder().build([message("user", 1, 0, "x")], 2)
-    ids, spans = prompt.lay_out([2, 3], [b"a" * 32, b"b" * 32])
+    prompt = builder().build([message("user", 1, 0, "x")], [1, 1])
+    ids, spans = prompt.lay_out([[2], [3]], [b"a" * 32, b"b" * 32])
     context = TOKENIZER.token_id("<IMG_CONTEXT>")
     assert [(span.image_index, span.num_tokens, span.mm_hash[:1]) for span in spans] == [(1, 3, b"b"), (0, 2, b"a")]
     for span in spans:
@@ -102,17 +94,63 @@ def test_spans_name_the_placeholders():
     assert prompt.num_text_tokens + 5 == len(ids)
 
 
+def rows_of(spans):
+    return [(span.image_index, span.first_row, span.num_tokens) for span in spans]
+
+
+def test_a_block_of_the_whole_image_is_the_image():
+    parts = "a", 0, "b"
+    plain = builder().build([message("user", *parts)], [3])
+    for whole in ([(0, 0, 0)], [(0, 0, 3)], [(0, 0, 1), (0, 1, 2)], [(0, 0, 2), (0, 2, 0)]):
+        prompt = builder().build([message("user", "a", whole, "b")], [3])
+        ids, spans = prompt.lay_out([[4, 1, 4]], [bytes(32)])
+        assert ids == plain.lay_out([[4, 1, 4]], [bytes(32)])[0]
+        assert [row for _, first, number in rows_of(spans) for row in range(first, first + number)] == [*range(9)]
+
+
+def test_frames_of_a_video_have_a_block_each():
+    prompt = builder().build([message("user", *video(0, 3), "what happens?")], [3])
+    rendered = "".join(f"Frame-{frame}: <IMG_CONTEXT>\n" for frame in (1, 2, 3))
+    expected = f"<|im_start|>user\n{rendered}what happens?<|im_end|>\n<|im_start|>assistant\n"
+    ids, spans = prompt.lay_out([[4, 1, 4]], [b"v" * 32])
+    assert ids == expand(expected, 4, 1, 4)
+    assert rows_of(spans) == [(0, 0, 4), (0, 4, 1), (0, 5, 4)]
+    assert {span.mm_hash for span in spans} == {b"v" * 32}
+    context = TOKENIZER.token_id("<IMG_CONTEXT>")
+    assert [ids[span.start - 1 : span.end + 1] for span in spans] == [
+        [TOKENIZER.token_id("<img>"), *[context] * span.num_tokens, TOKENIZER.token_id("</img>")] for span in spans
+    ]
+
+
+def test_combined_images_are_one_block():
+    prompt = builder().build([message("user", [(0, 0, 0), (1, 0, 0)], "x", inline_images=True)], [2, 1])
+    ids, spans = prompt.lay_out([[2, 3], [4]], [bytes(32)] * 2)
+    assert ids == expand("<|im_start|>user\n<IMG_CONTEXT>x<|im_end|>\n<|im_start|>assistant\n", 9)
+    assert rows_of(spans) == [(0, 0, 5), (1, 0, 4)]
+    assert spans.first_missing(0, lambda image: [5, 1][image]) == ids.index(TOKENIZER.token_id("<img>")) + 1 + 6
+
+
+def test_what_stands_before_an_image():
+    messages = [message("user", "one", 0, "two", [(1, 0, 1)], "three", [(2, 0, 0), (1, 1, 1)])]
+    prompt = builder().build(messages, [1, 2, 1])
+    whole, _ = prompt.lay_out([[2], [3, 4], [5]], [bytes(32)] * 3)
+    for awaited, num_images in (({0, 1, 2}, 0), ({1}, 1), ({2}, 2), ({1, 2}, 1), (set(), 4)):
+        ids, spans = prompt.before(awaited).lay_out([[2], [3, 4], [5]], [bytes(32)] * 3)
+        assert (ids, len(spans)) == (whole[: len(ids)], num_images)
+        assert not awaited.intersection(span.image_index for span in spans)
+
+
 def test_markers_add_no_newline():
     messages = [message("user", "Image-1: ", 0, " and ", 1, inline_images=True)]
     expected = "<|im_start|>user\nImage-1: <IMG_CONTEXT> and <IMG_CONTEXT><|im_end|>\n<|im_start|>assistant\n"
-    assert ids_of(builder().build(messages, 2), 1, 2) == expand(expected, 1, 2)
+    assert ids_of(builder().build(messages, [1, 1]), 1, 2) == expand(expected, 1, 2)
 
 
 @pytest.mark.parametrize("token", sorted(STRUCTURE_TOKENS | {"<|start|>", "<|return|>"}))
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_typed_structure_tokens_are_text(token, role):
-    ids = ids_of(builder().build([message(role, f"a {token} b{token}"), message("user", token)], 0))
-    quiet = ids_of(builder().build([message(role, "a"), message("user", "b")], 0))
+    ids = ids_of(builder().build([message(role, f"a {token} b{token}"), message("user", token)], []))
+    quiet = ids_of(builder().build([message(role, "a"), message("user", "b")], []))
     special = [token_id for token_id in ids if TOKENIZER.is_special(token_id)]
     assert special == [token_id for token_id in quiet if TOKENIZER.is_special(token_id)]
     assert f"a {token} b{token}" in FAST.decode(ids)
@@ -120,39 +158,39 @@ def test_typed_structure_tokens_are_text(token, role):
 
 @pytest.mark.parametrize("token", sorted(GROUNDING_TOKENS))
 def test_grounding_tokens_stay_special(token):
-    ids = ids_of(builder().build([message("user", f"where is {token}it")], 0))
+    ids = ids_of(builder().build([message("user", f"where is {token}it")], []))
     assert TOKENIZER.token_id(token) in ids
 
 
 def test_default_system_message_yields_to_the_clients_own():
     default = SYSTEM_MESSAGES["internvl2_5"]
-    own = builder(system_message=default).build([message("system", "mine"), message("user", "x")], 0)
-    assert own == builder().build([message("system", "mine"), message("user", "x")], 0)
-    without = builder(system_message=default).build([message("user", "x")], 0)
-    assert without == builder().build([message("system", default), message("user", "x")], 0)
+    own = builder(system_message=default).build([message("system", "mine"), message("user", "x")], [])
+    assert own == builder().build([message("system", "mine"), message("user", "x")], [])
+    without = builder(system_message=default).build([message("user", "x")], [])
+    assert without == builder().build([message("system", default), message("user", "x")], [])
 
 
 def test_a_conversation_that_thinks_opens_with_the_protocol():
     question = message("user", 0, "x")
-    plain = builder().build([message("system", THINKING_MESSAGE), question], 1)
+    plain = builder().build([message("system", THINKING_MESSAGE), question], [1])
     assert THINKING_MESSAGE.startswith("You are") and THINKING_MESSAGE.endswith("section.")
-    assert builder(system_message="the default").build([question], 1, thinking=True) == plain
-    own = builder().build([message("system", "be ", "brief"), question], 1, thinking=True)
-    assert own == builder().build([message("system", f"{THINKING_MESSAGE}\n\nbe brief"), question], 1)
-    later = builder().build([question, message("system", "be brief")], 1, thinking=True)
-    assert later == builder().build([message("system", THINKING_MESSAGE), question, message("system", "be brief")], 1)
-    assert builder(system_message="the default").build([question], 1) != plain
+    assert builder(system_message="the default").build([question], [1], thinking=True) == plain
+    own = builder().build([message("system", "be ", "brief"), question], [1], thinking=True)
+    assert own == builder().build([message("system", f"{THINKING_MESSAGE}\n\nbe brief"), question], [1])
+    later = builder().build([question, message("system", "be brief")], [1], thinking=True)
+    assert later == builder().build([message("system", THINKING_MESSAGE), question, message("system", "be brief")], [1])
+    assert builder(system_message="the default").build([question], [1]) != plain
 
 
 def test_a_format_that_does_not_think_in_its_text_is_not_asked_to():
     with pytest.raises(InvalidRequest, match="chat format") as caught:
-        builder("internvl3_5_gpt_oss").build([message("user", "x")], 0, thinking=True)
+        builder("internvl3_5_gpt_oss").build([message("user", "x")], [], thinking=True)
     assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "chat_template_kwargs.enable_thinking")
 
 
 def test_gpt_oss_format():
     messages = [message("user", "q1"), message("assistant", "a1"), message("user", 0, "q2")]
-    ids = ids_of(builder("internvl3_5_gpt_oss", "s").build(messages, 1), 2)
+    ids = ids_of(builder("internvl3_5_gpt_oss", "s").build(messages, [1]), 2)
     expected = (
         "<|start|>system<|message|>s<|end|><|start|>user<|message|>q1<|end|>"
         "<|start|>assistant<|channel|>final<|message|>a1<|end|>"
@@ -175,12 +213,38 @@ def test_gpt_oss_format():
         ([message("user", 0, 0)], 1, "messages"),
         ([message("user", 0, 2)], 2, "messages"),
         ([message("assistant", 0), message("user", "x")], 1, "messages[0]"),
+        ([message("assistant", [(0, 0, 0)]), message("user", "x")], 1, "messages[0]"),
+        ([message("user", 0), message("user", [], "x")], 1, "messages[1]"),
     ],
 )
 def test_what_does_not_fit_is_refused(messages, num_images, param):
     with pytest.raises(InvalidRequest) as caught:
-        builder().build(messages, num_images)
+        builder().build(messages, [1] * num_images)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("parts", "num_tiles"),
+    [
+        ([[(0, 0, 1)]], [2]),  # the second tile has no place
+        ([[(0, 0, 3)]], [2]),
+        ([[(0, 1, 0)], [(0, 0, 1)]], [2]),  # out of order
+        ([[(0, 0, 1)], [(0, 0, 0)]], [2]),  # the first tile twice
+        ([[(0, 0, 2)], [(0, 2, 0)]], [2]),  # nothing is left
+        ([[(0, 0, 1)], 0], [2]),
+        ([0, [(0, 0, 0)]], [2]),
+        ([[(1, 0, 0)]], [2]),
+        ([[(0, 0, 0), (2**32 - 1, 0, 0)]], [2]),
+        ([[(0, 0, 2**32 - 1)]], [2]),
+        ([[(0, 2**32 - 1, 2**32 - 1)]], [2]),
+        ([[(0, 0, 0)]], [2, 1]),
+        ([], [1]),
+    ],
+)
+def test_every_tile_has_one_place_and_they_are_in_order(parts, num_tiles):
+    with pytest.raises(InvalidRequest) as caught:
+        builder().build([message("user", "x", *parts)], num_tiles)
+    assert (caught.value.code, caught.value.param) == ("image_marker_mismatch", "messages")
 
 
 def test_a_checkpoint_that_does_not_fit_its_template_is_refused(tmp_path):

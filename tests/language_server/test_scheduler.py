@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from language_server.block_manager import BlockManager
+from language_server.image_spans import ImageSpan, ImageSpans
 from language_server.pace import NO_LIMITS, PrefillLimits
 from language_server.scheduler import Scheduler
-from language_server.sequence import ImageSpan, SamplingParams, Sequence, SequenceStatus
+from language_server.sequence import SamplingParams, Sequence, SequenceStatus
 
 
 class Readiness:
@@ -41,7 +42,22 @@ class World:
         spans = [] if image is None else [ImageSpan(0, image[0], image[1], bytes([request % 256]))]
         prompt = [1000 * request + token for token in range(num_tokens)]
         sampling = SamplingParams(max_tokens=max_tokens)
-        sequence = Sequence(seq_id, str(request).encode(), prompt, sampling, spans, priority=priority)
+        sequence = Sequence(seq_id, str(request).encode(), prompt, sampling, ImageSpans(spans), priority=priority)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def add_video(self, num_frames, rows_per_frame, *, text_per_frame=2, max_tokens=4):
+        """Frames with text before each, and some behind the last."""
+        step = text_per_frame + rows_per_frame
+        spans = [
+            ImageSpan(0, frame * step + text_per_frame, rows_per_frame, b"v", frame * rows_per_frame)
+            for frame in range(num_frames)
+        ]
+        seq_id = self.num_added
+        self.num_added += 1
+        prompt = [1000 * seq_id + token for token in range(num_frames * step + 3)]
+        sampling = SamplingParams(max_tokens=max_tokens)
+        sequence = Sequence(seq_id, str(seq_id).encode(), prompt, sampling, ImageSpans(spans))
         self.scheduler.add(sequence)
         return sequence
 
@@ -170,6 +186,34 @@ def test_prefill_stops_at_the_last_contiguous_image_row():
     world.deliver(sequence, 20)
     assert world.step() == {0: 13}
     assert sequence.output_token_ids == [7]
+
+
+def test_a_video_is_prefilled_frame_by_frame_as_its_rows_come():
+    world = World(budget=64)
+    video = world.add_video(3, 5)
+    assert world.step() == {0: 2}
+    world.deliver(video, 3)
+    assert world.step() == {0: 3}
+    world.deliver(video, 5)
+    assert world.step() == {0: 2 + 2}  # the rest of a frame, and the text before the next
+    world.deliver(video, 11)
+    assert world.step() == {0: 5 + 2 + 1}
+    assert world.step() == {}
+    assert world.scheduler.num_waiting_for_features == 1
+    world.deliver(video, 15)
+    assert world.step() == {0: 4 + 3}
+    world.run()
+
+
+def test_tokens_that_were_prepared_for_a_sequence_are_not_reused_from_others():
+    world = World(budget=64)
+    first = world.add(9, request=1, max_tokens=1)
+    world.step()
+    assert first.num_cached_tokens == 0
+    again = world.add(13, request=1, max_tokens=1)
+    again.num_prepared_tokens = 4
+    world.step()
+    assert again.num_cached_tokens == world.scheduler.num_prefix_hits == 8 - 4
 
 
 def test_an_image_at_the_very_beginning_waits_outside():

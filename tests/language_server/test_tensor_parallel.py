@@ -25,7 +25,7 @@ from common.model.memory import weight_bytes
 from common.service.errors import Cancelled, CheckpointError, ConfigError, InternalError, StartupError, Unavailable
 from language_server.backbone import LanguageBackbone, load_backbone
 from language_server.engine import EngineConfig, LanguageEngine
-from language_server.sequence import ImageSpan
+from language_server.image_spans import ImageSpan
 from language_server.server import LanguageServer
 from language_server.settings import LanguageSettings
 from language_server.tensor_parallel.channel import Channel, Kind, Message
@@ -235,7 +235,8 @@ def test_of_three_ranks_the_one_that_went_is_named(tmp_path):
     divided = load_tensor_parallel(checkpoint, config, [CPU] * 3, dtype=torch.float32, timeout=DEADLINE, threads=1)
     try:
         token_ids = torch.arange(20, 40)
-        torch.testing.assert_close(paged_logits(divided, token_ids), paged_logits(undivided, token_ids))
+        expected = paged_logits(undivided, token_ids)
+        torch.testing.assert_close(paged_logits(divided, token_ids), expected, atol=5e-5, rtol=1e-5)
         os.kill(pids(divided)[1], signal.SIGKILL)
         with pytest.raises(Unavailable, match="tensor-parallel rank 2 ended with signal SIGKILL"):
             paged_logits(divided, token_ids)

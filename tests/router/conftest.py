@@ -11,10 +11,11 @@ import httpx
 import pytest
 from PIL import Image
 
+from protos.status_pb2 import ModelInfo
 from router.__main__ import _http_config, _HttpServer, _listen
 from router.server import RouterServer
 from router.settings import RouterSettings
-from tests.router.fakes import FakeLanguage, FakeVision
+from tests.router.fakes import MODEL, FakeLanguage, FakeVision
 
 CHAT = "/v1/chat/completions"
 
@@ -57,12 +58,18 @@ class System:
 
 @asynccontextmanager
 async def running_system(
-    num_language: int = 1, num_vision: int = 1, wait: bool = True, start_workers: bool = True, **options: Any
+    num_language: int = 1,
+    num_vision: int = 1,
+    wait: bool = True,
+    start_workers: bool = True,
+    model: ModelInfo = MODEL,
+    **options: Any,
 ) -> AsyncIterator[System]:
     async with AsyncExitStack() as stack:
         languages = [FakeLanguage(f"language-{i}") for i in range(num_language)]
         visions = [FakeVision(languages, f"vision-{i}") for i in range(num_vision)]
         for worker in [*languages, *visions]:
+            worker.model = model
             await worker.start()
             stack.push_async_callback(worker.stop)
         servers = {

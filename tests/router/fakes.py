@@ -8,14 +8,17 @@ import abc
 import asyncio
 import contextlib
 import hashlib
+import io
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import grpc.aio
+from PIL import Image
 
+from common.model.geometry import Tiling, count_tiles
 from common.service.errors import DvdError
 from common.service.rpc import bind, make_server
 from protos import language_pb2 as lang
@@ -30,7 +33,16 @@ from protos.status_pb2 import (
     WorkerState,
     WorkerStatus,
 )
-from protos.vision_pb2 import EncodeReply, EncodeRequest, VisionTimings
+from protos.vision_pb2 import (
+    EncodeReply,
+    EncodeRequest,
+    ProbeReply,
+    ProbeRequest,
+    ScoreReply,
+    ScoreRequest,
+    TilingOptions,
+    VisionTimings,
+)
 
 FINGERPRINT = b"f" * 16
 MODEL = ModelInfo(
@@ -48,6 +60,10 @@ MODEL = ModelInfo(
     default_top_k=20,
     default_repetition_penalty=1.1,
 )
+FLASH = ModelInfo(is_flash=True, vir_relative_threshold=0.5, vir_absolute_threshold=0.25)
+FLASH.MergeFrom(MODEL)
+SAVED_TOKENS = 192
+"""What a Flash model saves in every prompt with media."""
 
 
 def digest(image: bytes) -> str:
@@ -62,6 +78,7 @@ class FakeWorker(abc.ABC):
         self.name = name
         self.state: WorkerState = WORKER_STATE_READY
         self.fingerprint = FINGERPRINT
+        self.model = MODEL
         self.incarnation = secrets.token_bytes(16)
         self.is_silent = False  # a hang: the stream lives, nothing is sent
         self.num_watching = 0  # status streams that are open
@@ -106,7 +123,7 @@ class FakeWorker(abc.ABC):
             state=self.state,
             incarnation=self.incarnation,
             fingerprint=self.fingerprint,
-            model=MODEL,
+            model=self.model,
         )
         self._fill_load(status)
         return status
@@ -171,6 +188,8 @@ class FakeLanguage(FakeWorker):
         self.at_token = Gate()
         self.load = LanguageLoad()
         self.delivered: dict[bytes, asyncio.Future[bytes]] = {}  # ticket -> image
+        self.resident: dict[bytes, bytes] = {}  # mm_hash -> image: not asked for again
+        self.keeps_features = False  # whatever arrives becomes resident
 
     async def Generate(self, request: lang.GenerateRequest, context: Any) -> AsyncIterator[lang.GenerateEvent]:
         self.requests.append(request)
@@ -180,16 +199,23 @@ class FakeLanguage(FakeWorker):
         tickets = [secrets.token_bytes(32) for _ in request.images]
         loop = asyncio.get_running_loop()
         self.delivered |= {ticket: loop.create_future() for ticket in tickets}
-        num_image_tokens = sum(image.max_num_tokens for image in request.images)
+        is_missing = [image.mm_hash not in self.resident for image in request.images]
+        for image, ticket in zip(request.images, tickets, strict=True):
+            if image.mm_hash in self.resident:
+                self.delivered[ticket].set_result(self.resident[image.mm_hash])
         yield lang.GenerateEvent(
             admitted=lang.Admitted(
-                missing=[lang.ImageTicket(image_index=i, ticket=ticket) for i, ticket in enumerate(tickets)],
+                missing=[
+                    lang.ImageTicket(image_index=i, ticket=tickets[i]) for i, miss in enumerate(is_missing) if miss
+                ],
                 deliver_to=[Endpoint(transport="grpc", address=self.address)],
                 dtype=FEATURE_DTYPE_FLOAT32,
-                num_prompt_tokens=10 + num_image_tokens,
+                num_prompt_tokens=10 + sum(image.max_num_tokens for image in request.images),
             )
         )
         images = [await self.delivered[ticket] for ticket in tickets]
+        if self.keeps_features:
+            self.resident |= {image.mm_hash: data for image, data in zip(request.images, images, strict=True)}
         words = self.words if self.words is not None else read_aloud(request, images)
         pieces = [*((thought, "") for thought in self.thoughts), *(("", word) for word in words)]
         for index, (thought, word) in enumerate(pieces):
@@ -204,7 +230,7 @@ class FakeLanguage(FakeWorker):
                 said.reasoning, said.text = thought, word
                 yield lang.GenerateEvent(token=said)
         for choice in range(request.sampling.n):
-            end = finished(choice, len(pieces), num_image_tokens)
+            end = finished(choice, len(pieces), request.images, SAVED_TOKENS if self.model.is_flash else 0)
             end.reasoning, end.text = self.held
             end.usage.reasoning_tokens = len(self.thoughts)
             yield lang.GenerateEvent(finished=end)
@@ -216,7 +242,7 @@ class FakeLanguage(FakeWorker):
         language_pb2_grpc.add_LanguageServicer_to_server(self, server)
 
 
-class FakeVision(FakeWorker):
+class FakeVision(FakeWorker, vision_pb2_grpc.VisionServicer):
     """Hands the image's bytes to the language server that asked for them."""
 
     def __init__(self, languages: list[FakeLanguage], name: str = "vision-0") -> None:
@@ -224,8 +250,16 @@ class FakeVision(FakeWorker):
         self.languages = languages
         self.requests: list[EncodeRequest] = []
         self.failures: list[DvdError] = []  # raised by the next calls, in order
+        self.score_requests: list[ScoreRequest] = []
+        self.score_failures: list[DvdError] = []
+        self.scores: Callable[[ScoreRequest], list[float]] = scores_of
+        self.probe_requests: list[ProbeRequest] = []
+        self.probe_failures: list[DvdError] = []
+        self.length = ProbeReply(seconds=10.0, num_frames=300)  # of every video
         self.load = VisionLoad()
         self.at_encode = Gate()
+        self.at_score = Gate()
+        self.at_probe = Gate()
 
     async def Encode(self, request: EncodeRequest, context: Any) -> EncodeReply:
         self.requests.append(request)
@@ -245,6 +279,20 @@ class FakeVision(FakeWorker):
             timings=VisionTimings(decode_ms=1, queue_ms=2, encode_ms=3, transfer_ms=4),
         )
 
+    async def Score(self, request: ScoreRequest, context: Any) -> ScoreReply:
+        self.score_requests.append(request)
+        await self.at_score.pass_through()
+        if self.score_failures:
+            raise self.score_failures.pop(0)
+        return ScoreReply(scores=self.scores(request))
+
+    async def Probe(self, request: ProbeRequest, context: Any) -> ProbeReply:
+        self.probe_requests.append(request)
+        await self.at_probe.pass_through()
+        if self.probe_failures:
+            raise self.probe_failures.pop(0)
+        return self.length
+
     def _fill_load(self, status: WorkerStatus) -> None:
         status.vision.CopyFrom(self.load)
 
@@ -252,15 +300,40 @@ class FakeVision(FakeWorker):
         vision_pb2_grpc.add_VisionServicer_to_server(self, server)
 
 
+def num_tiles_of(image: bytes, tiling: TilingOptions) -> int:
+    """As a vision server counts them."""
+    if tiling.num_frames:
+        return tiling.num_frames
+    with Image.open(io.BytesIO(image)) as opened:
+        limits = Tiling(tiling.min_dynamic_patch, tiling.max_dynamic_patch, tiling.use_thumbnail)
+        return count_tiles(opened.width, opened.height, limits)
+
+
+def scores_of(request: ScoreRequest) -> list[float]:
+    """A function of the image, one for each tile. Halves of 1/256 are the same in every float."""
+    first = hashlib.sha256(request.image).digest()[0]
+    return [((first + tile) % 256) / 256 for tile in range(num_tiles_of(request.image, request.tiling))]
+
+
 def read_aloud(request: lang.GenerateRequest, images: list[bytes]) -> list[str]:
-    """The prompt in words: roles, text, and a digest where an image stands."""
+    """The prompt in words: roles, text, and a digest where an image stands; with its tile where it is a part."""
     words: list[str] = []
     for message in request.messages:
         words.append(f"{message.role}:")
         for part in message.parts:
-            is_image = part.WhichOneof("part") == "image_index"
-            words.extend([f"[{digest(images[part.image_index])}]"] if is_image else part.text.split())
+            kind = part.WhichOneof("part")
+            if kind == "text":
+                words.extend(part.text.split())
+            elif kind == "image_index":
+                words.append(f"[{digest(images[part.image_index])}]")
+            else:
+                words.append(f"[{'+'.join(_piece(piece, images) for piece in part.block.pieces)}]")
     return [words[0], *(f" {word}" for word in words[1:])]
+
+
+def _piece(piece: lang.ImagePiece, images: list[bytes]) -> str:
+    name = digest(images[piece.image_index])
+    return f"{name}#{piece.first_tile}" if piece.num_tiles else name
 
 
 def token(choice: int, index: int, word: str, sampling: lang.SamplingParams) -> lang.Token:
@@ -275,15 +348,19 @@ def logprob(token_id: int, word: str, value: float) -> lang.TokenLogprob:
     return lang.TokenLogprob(token_id=token_id, text=word, logprob=value, token_bytes=word.encode())
 
 
-def finished(choice: int, num_tokens: int, num_image_tokens: int) -> lang.Finished:
+def finished(choice: int, num_tokens: int, images: Sequence[lang.ImageRef], saved_tokens: int) -> lang.Finished:
+    image_tokens = sum(image.max_num_tokens for image in images if not image.is_video)
+    video_tokens = sum(image.max_num_tokens for image in images if image.is_video)
     return lang.Finished(
         choice=choice,
         finish_reason="stop",
         usage=lang.Usage(
-            prompt_tokens=10 + num_image_tokens,
+            prompt_tokens=10 + image_tokens + video_tokens,
             completion_tokens=num_tokens,
             cached_tokens=3,
-            image_tokens=num_image_tokens,
+            image_tokens=image_tokens,
+            video_tokens=video_tokens,
+            saved_tokens=saved_tokens,
         ),
         timings=lang.LanguageTimings(queue_ms=1, feature_wait_ms=2, prefill_ms=3, decode_ms=40),
     )

@@ -44,7 +44,7 @@ async def test_full_answer(system):
         "prompt_tokens": 10,
         "completion_tokens": 2,
         "total_tokens": 12,
-        "prompt_tokens_details": {"cached_tokens": 3, "multimodal_tokens": {"image": 0}},
+        "prompt_tokens_details": {"cached_tokens": 3, "multimodal_tokens": {"image": 0, "video": 0}},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert "metrics" not in body
@@ -55,7 +55,7 @@ async def test_images_reach_the_right_places(system):
     response = await system.chat(messages=[user("a", red, "b"), {"role": "assistant", "content": "c"}, user(blue, "d")])
     content = response.json()["choices"][0]["message"]["content"]
     assert content == f"user: a [{digest(red)}] b assistant: c user: [{digest(blue)}] d"
-    assert response.json()["usage"]["prompt_tokens_details"]["multimodal_tokens"] == {"image": 512}
+    assert response.json()["usage"]["prompt_tokens_details"]["multimodal_tokens"] == {"image": 512, "video": 0}
     calls = system.vision.requests
     assert {call.image for call in calls} == {red, blue}
     assert {call.image_index for call in calls} == {0, 1}

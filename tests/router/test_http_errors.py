@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.service.errors import InvalidRequest, Overloaded
-from router.api.translate import IMAGE_MARKER
+from router.api.layout import IMAGE_MARKER
 from tests.router.conftest import CHAT, data_url, error_of, png, running_system, user
 from tests.router.fakes import digest
 
@@ -47,6 +47,14 @@ GOOD = data_url(png())
 CALLS = {"role": "assistant", "content": None, "tool_calls": [{}]}
 PART = "messages[0].content[0]"
 URL_PARAM = f"{PART}.image_url.url"
+
+B64 = GOOD.partition(",")[2]
+FILM = data_url(b"\0\0\0\x18ftypmp42", "video/mp4")
+
+
+def video(source, **fields):
+    return {"messages": [user({"type": "video_url", "video_url": source, **fields})]}
+
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "invalid_value", "messages"),
@@ -136,7 +144,56 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"thinking_token_budget": 5}, "unsupported_parameter", "thinking_token_budget"),
     ({"messages": [CALLS]}, "unsupported_parameter", "messages[0].tool_calls"),
     ({"messages": [user({"type": "input_audio"})]}, "unsupported_media", f"{PART}.type"),
-    ({"messages": [user({"type": "video_url", "video_url": {"url": GOOD}})]}, "unsupported_media", f"{PART}.type"),
+    ({"messages": [user({"type": "image_embeds"})]}, "unsupported_media", f"{PART}.type"),
+    (video({"url": GOOD}), "unsupported_media", f"{PART}.video_url.url"),
+    (video(GOOD), "unsupported_media", f"{PART}.video_url"),
+    (video({"url": data_url(b"", "video/mp4")}), "unsupported_media", f"{PART}.video_url.url"),
+    (video({"url": f"data:video/jpeg;base64,{B64},{B64}"}), "unsupported_media", f"{PART}.video_url.url"),
+    (video({"url": "data:video/mp4;base64,!!!!"}), "invalid_image", f"{PART}.video_url.url"),
+    (video({"url": "https://example.com/a.mp4"}), "media_url_blocked", f"{PART}.video_url.url"),
+    (video({"url": "file:///etc/passwd"}), "media_url_blocked", f"{PART}.video_url.url"),
+    (video(None), "invalid_value", f"{PART}.video_url"),
+    (video({}), "invalid_value", f"{PART}.video_url"),
+    (video(None, uuid="a"), "unknown_media_uuid", f"{PART}.video_url"),
+    (video({"url": FILM, "num_frames": 129}), "too_many_media_items", f"{PART}.video_url.num_frames"),
+    (video({"url": FILM, "num_frames": 0}), "invalid_value", f"{PART}.video_url.num_frames"),
+    (video({"url": FILM, "num_frames": -2}), "invalid_value", f"{PART}.video_url.num_frames"),
+    (video({"url": FILM, "num_frames": 1.5}), "invalid_value", f"{PART}.video_url.num_frames"),
+    (video({"url": FILM, "fps": 0}), "invalid_value", f"{PART}.video_url.fps"),
+    (video({"url": FILM, "fps": -0.5}), "invalid_value", f"{PART}.video_url.fps"),
+    (video({"url": FILM, "fps": 1001}), "invalid_value", f"{PART}.video_url.fps"),
+    (video({"frames": []}), "invalid_value", f"{PART}.video_url.frames"),
+    (video({"frames": [GOOD] * 129}), "too_many_media_items", "messages"),
+    (video({"frames": [GOOD], "url": FILM}), "invalid_value", f"{PART}.video_url.url"),
+    (video({"frames": [GOOD], "num_frames": 1}), "invalid_value", f"{PART}.video_url.num_frames"),
+    (video({"frames": [GOOD], "fps": 1}), "invalid_value", f"{PART}.video_url.fps"),
+    (video({"frames": [GOOD, FILM]}), "invalid_image", f"{PART}.video_url.frames[1]"),
+    ({**video(FILM), "media_io_kwargs": {"video": {"num_frames": 129}}}, "too_many_media_items",
+     "media_io_kwargs.video.num_frames"),
+    ({**video(FILM), "media_io_kwargs": {"video": {"fps": 0}}}, "invalid_value", "media_io_kwargs.video.fps"),
+    ({"media_io_kwargs": {"video": {"backend": "x"}}}, "invalid_value", "media_io_kwargs.video"),
+    ({"messages": [user({"type": "video"})]}, "invalid_value", f"{PART}.video"),
+    ({"messages": [user({"type": "video", "video": []})]}, "invalid_value", f"{PART}.video"),
+    ({"messages": [user({"type": "video", "video": FILM})]}, "invalid_value", f"{PART}.video"),
+    ({"messages": [user({"type": "video", "video": [GOOD, "x"]})]}, "media_url_blocked", f"{PART}.video[1]"),
+    ({"messages": [user({"type": "video", "uuid": "a"})]}, "unknown_media_uuid", f"{PART}.video"),
+    ({"dvd": []}, "invalid_value", "dvd"),
+    ({"dvd": {"tile_budge": "shared"}}, "invalid_value", "dvd"),
+    ({"dvd": {"tile_budget": "half"}}, "invalid_value", "dvd.tile_budget"),
+    ({"dvd": {"combine_images": 1}}, "invalid_value", "dvd.combine_images"),
+    ({"dvd": {"vir": "off"}}, "invalid_value", "dvd.vir"),
+    ({"dvd": {"vir": {"threshold": 1}}}, "invalid_value", "dvd.vir"),
+    ({"dvd": {"vir": {"mode": "on"}}}, "invalid_value", "dvd.vir.mode"),
+    ({"dvd": {"vir": {"scope": "batch"}}}, "invalid_value", "dvd.vir.scope"),
+    ({"dvd": {"vir": {"relative_threshold": 1.01}}}, "invalid_value", "dvd.vir.relative_threshold"),
+    ({"dvd": {"vir": {"absolute_threshold": -0.01}}}, "invalid_value", "dvd.vir.absolute_threshold"),
+    ({"dvd": {"vir": {"mode": "force64"}}}, "unsupported_parameter", "dvd.vir.mode"),
+    ({"dvd": {"vir": {"relative_threshold": 0.5}}}, "unsupported_parameter", "dvd.vir.relative_threshold"),
+    ({"dvd": {"vir": {"absolute_threshold": 0}}}, "unsupported_parameter", "dvd.vir.absolute_threshold"),
+    ({"max_dynamic_patch": 41}, "invalid_value", "max_dynamic_patch"),
+    ({"mm_processor_kwargs": {"max_dynamic_patch": 41}}, "invalid_value", "mm_processor_kwargs.max_dynamic_patch"),
+    ({"messages": [user(png())], "max_dynamic_patch": 4, "mm_processor_kwargs": {"min_dynamic_patch": 5}},
+     "invalid_value", "mm_processor_kwargs.min_dynamic_patch"),
     ({"messages": [image("https://example.com/a.png")]}, "media_url_blocked", URL_PARAM),
     ({"messages": [image("http://127.0.0.1/a.png")]}, "media_url_blocked", URL_PARAM),
     ({"messages": [image("file:///etc/passwd")]}, "media_url_blocked", URL_PARAM),

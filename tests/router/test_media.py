@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.service.errors import DvdError, InvalidRequest, RequestTooLarge
-from router.media import MediaLimits, load_image
+from router.media import MediaLimits, load_image, load_video
 from tests.router.conftest import data_url, png
 
-LIMITS = MediaLimits(max_item_bytes=100_000, max_pixels=1_000_000)
+LIMITS = MediaLimits(max_item_bytes=100_000, max_video_bytes=200_000, max_pixels=1_000_000)
 
 
 def load(url: str):
@@ -124,3 +124,47 @@ def test_damaged_files_are_read_or_refused(image_format, cut, noise):
     else:
         assert image.width >= 1
         assert image.height >= 1
+
+
+VIDEO_STARTS = [
+    b"\0\0\0\x20ftypisom",
+    b"\0\0\0\x14ftypqt  ",
+    b"\0\0\0\x08wide",
+    b"\0\1\0\0moov",
+    b"\x1a\x45\xdf\xa3\x01",
+    b"RIFF\x10\0\0\0AVI LIST",
+]
+
+
+@pytest.mark.parametrize("start", VIDEO_STARTS)
+def test_videos_are_known_by_their_first_bytes(start):
+    data = start + bytes(150_000)  # more than an image may have
+    assert load_video(data_url(data, "text/plain"), LIMITS, "here") == data
+    with pytest.raises(RequestTooLarge, match="a video may have at most 200000 bytes"):
+        load_video(data_url(start + bytes(200_000)), LIMITS, "here")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        png(),
+        b"ftypisom",
+        b"\0\0\0\x20fty",
+        b"RIFF\x10\0\0\0WEBP",
+        b"RIFF\x10\0\0\0WAVE",
+        b"#EXTM3U",
+        b"\0\0\1\xba",
+    ],
+)
+def test_everything_else_is_no_video(data):
+    with pytest.raises(InvalidRequest) as refused:
+        load_video(data_url(data, "video/mp4"), LIMITS, "here")
+    assert (refused.value.code, refused.value.param) == ("unsupported_media", "here")
+
+
+@pytest.mark.parametrize("prefix", ["data:video/jpeg;base64,", "DATA:Video/JPEG;base64,", "data:video/jpeg,"])
+def test_frames_in_one_url_are_told_where_they_belong(prefix):
+    with pytest.raises(InvalidRequest, match="as a list of images") as refused:
+        load_video(f"{prefix}{B64},{B64}", LIMITS, "here")
+    assert refused.value.code == "unsupported_media"

@@ -66,8 +66,8 @@ def test_an_overloaded_server_loses_its_images():
 
 
 @given(loads, st.binary(min_size=32, max_size=32))
-def test_vision_always_finds_a_server_near_the_mean(known, mm_hash):
-    chosen = pick_vision(mm_hash, known)
+def test_vision_always_finds_a_server_near_the_mean(known, image_hash):
+    chosen = pick_vision(image_hash, known)
     if not known:
         assert chosen is None
     else:

@@ -44,6 +44,7 @@ async def neighbourhood(checkpoint, tmp_path):
             "listen": "127.0.0.1:0",
             "metrics_listen": None,
             "dtype": "float32",
+            "decode_workers": 1,
         }
         server = VisionServer(VisionSettings(**(defaults | settings)))
         await server.start()

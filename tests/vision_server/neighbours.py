@@ -64,15 +64,20 @@ class FeatureSink:
 
     def features(self, request: EncodeRequest) -> torch.Tensor:
         """All tiles of the image ``[num_tiles, tokens, hidden]``; fails if one is missing."""
+        return torch.stack(self.tiles(request))
+
+    def tiles(self, request: EncodeRequest) -> list[torch.Tensor]:
+        """All tiles of the image, ``[tokens, hidden]`` each; fails if one is missing."""
         tiles = self._tiles[request.request_id, request.image_index]
-        return torch.stack([tiles[number] for number in range(len(tiles))])
+        return [tiles[number] for number in range(len(tiles))]
 
 
 def make_request(image: bytes, endpoints: Sequence[Endpoint], *, max_tiles: int = 12, **values: Any) -> EncodeRequest:
-    """A valid request for float32 features, except for what ``values`` replace."""
+    """A valid request for float32 features, except for what ``values`` replace. No two images are the same image."""
     defaults: dict[str, Any] = {
         "request_id": secrets.token_bytes(16),
         "mm_hash": bytes(32),
+        "image_hash": secrets.token_bytes(32),
         "tiling": TilingOptions(min_dynamic_patch=1, max_dynamic_patch=max_tiles, use_thumbnail=True),
         "deliver_to": endpoints,
         "ticket": TICKET,

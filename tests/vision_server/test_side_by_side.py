@@ -3,12 +3,15 @@
 import itertools
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from common.model.config import load_config
 from vision_server import side_by_side
+from vision_server.internvit import InternViT
 from vision_server.side_by_side import SideBySide
 
 DEADLINE = 30.0
@@ -115,3 +118,58 @@ def test_beside_others_tiles_run_one_after_the_other(four_threads, monkeypatch):
     assert torch.equal(SideBySide(encode, num_threads=4)(tiles), tiles)
     assert most[4:] == [(1, 1)] * 3
     assert torch.get_num_threads() == 4
+
+
+def test_beside_others_threads_never_share_the_last_tile_of_a_batch(four_threads, monkeypatch):
+    cores_are_free(monkeypatch, 1)
+    seen: list[int] = []
+
+    def encode(tile: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return tile
+
+    encoder = SideBySide(encode, num_threads=4)
+    for _ in range(5):
+        encoder(numbered_tiles(5))
+    assert seen == [1] * 25
+    for _ in range(4):
+        encoder(numbered_tiles(1))
+    assert 4 in seen[25:]  # where batches are never larger, they must do for a look
+
+
+@pytest.mark.parametrize(("num_tiles", "num_cores"), [(1, 4), (3, 4), (5, 4), (5, 2), (3, 1)])
+def test_fixed_a_tile_has_one_thread_always(four_threads, monkeypatch, num_tiles, num_cores):
+    cores_are_free(monkeypatch, num_cores)
+    seen: list[int] = []
+
+    def encode(tile: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return tile
+
+    encoder = SideBySide(encode, num_threads=4, fixed=True)
+    for _ in range(3):
+        assert torch.equal(encoder(numbered_tiles(num_tiles)), numbered_tiles(num_tiles))
+    assert seen == [1] * 3 * num_tiles
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fixed_a_tile_has_the_same_bits_whatever_it_is_encoded_with(four_threads, monkeypatch, checkpoint, dtype):
+    """A real tower, wide enough that threads which share a tile would share its sums."""
+    config = replace(
+        load_config(checkpoint.path).vision, hidden_size=256, intermediate_size=1024, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    tower = InternViT(config).requires_grad_(False).eval()
+    for parameter in tower.parameters():
+        parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.05)
+    tower.to(dtype).pack()
+    pixels = torch.randn(7, 3, 112, 112).to(dtype)
+    with torch.inference_mode():
+        encoder = SideBySide(tower, num_threads=4, fixed=True)
+        alone = torch.cat([encoder(tile) for tile in pixels.split(1)])
+        for num_cores in (4, 2, 1):
+            cores_are_free(monkeypatch, num_cores)
+            for first in (0, 1, 2):  # other neighbours, other rounds
+                for _ in range(2):  # the second time with as many threads as the first found free
+                    assert torch.equal(encoder(pixels[first:]), alone[first:])

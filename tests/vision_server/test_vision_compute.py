@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,13 +11,18 @@ import torch
 
 from common.service.errors import InternalError, Overloaded, Unavailable
 from vision_server.batcher import Batcher
-from vision_server.compute import ComputeThread, EncodedGroup
+from vision_server.compute import ComputeThread
+from vision_server.device_jobs import EncodedGroup
+from vision_server.encoder import Kind
+from vision_server.host_link import Done
 
 POISON = 255
 
 
 class FakeEncoder:
     """Features of a tile are its first pixel. Fails as told; ``gate`` holds a batch back until it is set."""
+
+    depth = 1
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -27,13 +32,14 @@ class FakeEncoder:
         self.fail: Callable[[np.ndarray], None] = lambda tiles: None
         self.num_releases = 0
 
-    def encode(self, tiles: np.ndarray) -> torch.Tensor:
+    def launch(self, kind: Kind, parts: Sequence[np.ndarray]) -> Done[list[torch.Tensor]]:
         self.started.set()
         assert self.gate.wait(30)
-        numbers = tiles[:, 0, 0, 0]
+        numbers = np.concatenate(parts)[:, 0, 0, 0]
         self.batches.append(numbers.tolist())
         self.fail(numbers)
-        return torch.from_numpy(numbers.astype(np.float32))[:, None, None].expand(-1, 4, 2)
+        values = torch.from_numpy(numbers.astype(np.float32))[:, None, None].expand(-1, 4, 2)
+        return Done(list(torch.split(values, [len(part) for part in parts])))
 
     def release_memory(self) -> None:
         self.num_releases += 1
@@ -67,13 +73,14 @@ async def encode(compute: ComputeThread, *numbers: int, dtype: torch.dtype = tor
     compute.resize(image, len(numbers))
     try:
         async with asyncio.timeout(30):
-            return [group async for group in compute.encode(image, tiles_of(*numbers), dtype)]
+            groups = compute.encode(image, tiles_of(*numbers), dtype)
+            return [group async for group in groups if isinstance(group, EncodedGroup)]
     finally:
         compute.release(image)
 
 
 def values(groups: list[EncodedGroup]) -> list[float]:
-    return [value for group in groups for value in group.features[:, 0, 0].tolist()]
+    return [value for group in groups for value in group.features[::4, 0].tolist()]
 
 
 async def hold_first_batch(compute: ComputeThread, encoder: FakeEncoder) -> asyncio.Task[list[EncodedGroup]]:
@@ -94,8 +101,8 @@ async def test_every_image_gets_its_own_tiles(compute, encoder):
     for n, task in enumerate(others, start=2):
         groups = await task
         assert values(groups) == list(range(10 * n, 10 * n + n))
-        ends = itertools.accumulate(len(group.features) for group in groups)
-        assert [group.first_tile + len(group.features) for group in groups] == list(ends)
+        ends = itertools.accumulate(group.num_tiles for group in groups)
+        assert [group.first_tile + group.num_tiles for group in groups] == list(ends)
     assert [len(batch) for batch in encoder.batches] == [1, 4, 4, 4, 2]
 
 
@@ -143,10 +150,10 @@ async def test_memory_that_suffices_for_no_tile_is_overload(compute, encoder, er
 
 
 async def test_features_that_are_not_numbers_do_not_leave(compute, encoder, monkeypatch):
-    def nan(tiles: np.ndarray) -> torch.Tensor:
-        return torch.full((len(tiles), 4, 2), torch.nan)
+    def nan(kind: Kind, parts: Sequence[np.ndarray]) -> Done[list[torch.Tensor]]:
+        return Done([torch.full((len(part), 4, 2), torch.nan) for part in parts])
 
-    monkeypatch.setattr(encoder, "encode", nan)
+    monkeypatch.setattr(encoder, "launch", nan)
     with pytest.raises(InternalError, match="finite"):
         await encode(compute, 5)
 

@@ -10,6 +10,7 @@ from common.model.config import load_config
 from common.service.errors import ConfigError
 from tests.checkpoints import VISION_6B, VISION_300M, VisionShape, make_checkpoint
 from vision_server.encoder import VisionEncoder, VisionModel
+from vision_server.internvit import InternViT
 from vision_server.projector import pixel_shuffle
 
 TOLERANCE = 1e-5
@@ -62,6 +63,59 @@ def test_bfloat16_follows_float32(tmp_path, shape):
     expected = expected_features(checkpoint, random_tiles(1))
     similarity = torch.cosine_similarity(features.float().flatten(), expected.flatten(), dim=0)
     assert similarity > 0.999
+
+
+@pytest.mark.parametrize("shape", ["300m, 3 heads", "6b, 5 heads"])
+def test_in_bfloat16_features_are_as_exact_as_those_of_transformers(tmp_path, shape):
+    checkpoint = make_checkpoint(tmp_path, vision=SHAPES[shape], dtype=torch.bfloat16)
+    tiles = random_tiles(1)
+    exact = expected_features(checkpoint, tiles)
+    pixels = ((torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD).bfloat16()
+    with torch.no_grad():
+        eager = checkpoint.reference().bfloat16().get_image_features(pixels).pooler_output
+    features = loaded_encoder(checkpoint.path, "bfloat16").encode(tiles)
+    assert (features - exact).abs().mean() <= 1.05 * (eager - exact).abs().mean()
+
+
+@pytest.mark.parametrize("select_layer", [-1, 1, 0])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu", "silu"])
+@pytest.mark.parametrize("style", [VISION_300M, VISION_6B])
+def test_a_packed_tower_computes_what_its_modules_do(checkpoint, style, activation, select_layer):
+    config = replace(
+        load_config(checkpoint.path).vision,
+        **{key: getattr(style, key) for key in ("hidden_size", "num_attention_heads", "intermediate_size")},
+        hidden_act=activation,
+        norm_type="layer_norm" if style is VISION_300M else "rms_norm",
+        qkv_bias=style is VISION_300M,
+        qk_normalization=style is not VISION_300M,
+    )
+    torch.manual_seed(0)
+    tower = InternViT(config, select_layer).requires_grad_(False).eval()
+    for parameter in tower.parameters():
+        parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+    pixels = torch.randn(2, 3, 56, 56)
+    beats: list[None] = []
+    with torch.inference_mode():
+        expected = tower(pixels)
+        tower.pack()
+        found = tower(pixels, lambda: beats.append(None))
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert len(beats) == select_layer % 3
+
+
+def test_a_tower_elsewhere_is_not_packed(checkpoint):
+    with torch.device("meta"):
+        tower = InternViT(load_config(checkpoint.path).vision).requires_grad_(False)
+        tower.pack()
+        assert tower(torch.empty(1, 3, 448, 448)).shape == (1, 1025, 48)
+
+
+def test_packed_weights_are_in_memory_once(checkpoint):
+    encoder = VisionEncoder(load_config(checkpoint.path), "cpu", "float32")
+    before = encoder.weight_bytes
+    encoder.load(checkpoint.path)
+    encoder.encode(random_tiles(1))
+    assert encoder.weight_bytes == before
 
 
 def test_neighbours_in_a_batch_do_not_matter(checkpoint):

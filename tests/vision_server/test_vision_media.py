@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.service.errors import InvalidRequest
 from tests.vision_server.neighbours import encoded, picture
-from vision_server.media import decode, open_image
+from vision_server.media import MAX_SIDE, decode, open_image, upright_size
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL")
 
@@ -139,3 +139,57 @@ def test_the_pixel_limit_is_an_option():
 @pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1), (1, 65535)])
 def test_degenerate_sizes_are_images(size):
     assert read(encoded(Image.new("RGB", size, "green"))).size == size
+
+
+def test_no_side_is_longer_than_any_picture():
+    row = io.BytesIO()
+    Image.new("1", (MAX_SIDE + 1, 1)).save(row, "PNG")
+    with pytest.raises(InvalidRequest, match="on a side"):
+        open_image(row.getvalue())
+
+
+def with_orientation(number: int, kind: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return encoded(picture(60, 40), kind, exif=exif.tobytes())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_the_switch_turns_images_as_their_exif_says(number, kind):
+    data = with_orientation(number, kind)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)).convert("RGB"))
+    image = decode(open_image(data), exif_orientation=True)
+    assert upright_size(open_image(data), exif_orientation=True) == image.size == expected.size
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+    assert upright_size(open_image(data), exif_orientation=False) == read(data).size == (60, 40)
+
+
+@pytest.mark.parametrize("number", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_none(number):
+    assert upright_size(open_image(with_orientation(number)), exif_orientation=True) == (60, 40)
+
+
+def test_damaged_exif_is_ignored():
+    """Whatever stands there, the image is read, and its size is known before."""
+    rng = random.Random(2)
+    clean = with_orientation(6)
+    start = clean.index(b"Exif\0\0")
+    for _ in range(300):
+        damaged = bytearray(clean)
+        for _ in range(rng.randint(1, 12)):
+            damaged[rng.randrange(start, start + 32)] = rng.randrange(256)
+        image = open_image(bytes(damaged))
+        size = upright_size(image, exif_orientation=True)
+        assert decode(image, exif_orientation=True).size == size
+
+
+def test_exif_behind_the_pixels_of_a_png_is_ignored():
+    """To find it all pixels would have to be decoded before the image's size is known."""
+    data = with_orientation(6, "PNG")
+    chunk = data.index(b"eXIf") - 4
+    length = 12 + struct.unpack(">I", data[chunk : chunk + 4])[0]
+    end = data.index(b"IEND") - 4
+    moved = data[:chunk] + data[chunk + length : end] + data[chunk : chunk + length] + data[end:]
+    assert upright_size(open_image(moved), exif_orientation=True) == (60, 40)
+    assert decode(open_image(moved), exif_orientation=True).size == (60, 40)

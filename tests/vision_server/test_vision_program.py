@@ -123,10 +123,10 @@ async def test_a_dead_device_thread_ends_the_process(settings, monkeypatch, caps
         while (facts := announce.Announcement.read(settings.announce)) is None:
             await asyncio.sleep(0.02)
 
-    def broken(encoder, tiles):
+    def broken(encoder, kind, parts):
         raise torch.AcceleratorError("device-side assert")
 
-    monkeypatch.setattr(VisionEncoder, "encode", broken)
+    monkeypatch.setattr(VisionEncoder, "launch", broken)
     async with rpc.make_channel(facts.address) as channel:
         request = make_request(encoded(picture()), [Endpoint(transport="zmq", address="tcp://127.0.0.1:1")])
         with pytest.raises(grpc.aio.AioRpcError) as failure:

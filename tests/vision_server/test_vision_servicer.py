@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 import torch
 
@@ -24,7 +23,9 @@ from protos.status_pb2 import (
 from protos.vision_pb2 import EncodeRequest, TilingOptions
 from tests import reference
 from tests.vision_server.neighbours import Neighbourhood, encoded, picture
-from vision_server import servicer
+from vision_server import delivery
+from vision_server.encoder import Kind
+from vision_server.host_link import Pending
 
 
 def expected_features(checkpoint, image, max_tiles=12):
@@ -46,15 +47,15 @@ def hold_device(monkeypatch) -> Iterator[Callable[..., tuple[threading.Event, th
     came, go = threading.Event(), threading.Event()
 
     def hold(near: Neighbourhood, free: int = 0) -> tuple[threading.Event, threading.Event]:
-        encode, calls = near.server.encoder.encode, itertools.count()
+        launch, calls = near.server.encoder.launch, itertools.count()
 
-        def held(tiles: np.ndarray) -> torch.Tensor:
+        def held(kind: Kind, parts: Any) -> Pending[Any]:
             if next(calls) >= free:
                 came.set()
                 assert go.wait(60)
-            return encode(tiles)
+            return launch(kind, parts)
 
-        monkeypatch.setattr(near.server.encoder, "encode", held)
+        monkeypatch.setattr(near.server.encoder, "launch", held)
         return came, go
 
     yield hold
@@ -116,7 +117,7 @@ async def test_frames_leave_before_the_last_tile_is_encoded(neighbourhood, hold_
 
 
 async def test_large_groups_are_cut_into_frames(neighbourhood, checkpoint, monkeypatch):
-    monkeypatch.setattr(servicer, "_FRAME_BYTES", 2 * 256 * 56 * 4)
+    monkeypatch.setattr(delivery, "_FRAME_BYTES", 2 * 256 * 56 * 4)
     near = await neighbourhood(max_batch_tiles=8)
     request = near.request(encoded(picture(900, 900)))
     await near.encode(request)
@@ -162,6 +163,7 @@ BAD_FIELDS: dict[str, dict[str, Any]] = {
     "request_id": {"request_id": b"short"},
     "ticket": {"ticket": b""},
     "mm_hash": {"mm_hash": bytes(31)},
+    "image_hash": {"image_hash": bytes(31)},
     "deliver_to": {"deliver_to": []},
     "dtype": {"dtype": FEATURE_DTYPE_UNSPECIFIED},
     "attempt": {"attempt": 2**16},

@@ -114,6 +114,14 @@ def test_prompt_formats(tmp_path):
     }
 
 
+@pytest.mark.parametrize("message", [None, "", "Be brief."])
+def test_a_github_config_can_say_that_there_is_no_system_turn(github, message):
+    """Null is none at all; an empty message is a system turn of no words, as the published code has it."""
+    values = json.loads((github / "config.json").read_text())
+    (github / "config.json").write_text(json.dumps(values | {"system_message": message}))
+    assert load_config(github).system_message == message
+
+
 def test_the_published_8b_config(tmp_path):
     published = {
         "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "template": "internvl2_5",

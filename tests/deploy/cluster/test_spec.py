@@ -47,7 +47,7 @@ def test_a_model_is_enough(tmp_path):
         ("model: [", "not YAML: while parsing a flow node"),
         ("1: 2\nmodel: nano", "expected keys that are words"),
         ("vision: {}", "model: is required"),
-        ("model: ./here", "model: expected nano, or a directory from the root that every node has (got './here')"),
+        ("model: ./here", "model: expected nano, nano-flash, or a directory from the root that every node has"),
         ("model: nano\nvison: {}", "vison: unknown key; did you mean vision?"),
         ("model: nano\nvision: {max_replica: 3}", "vision.max_replica: unknown key; did you mean max_replicas?"),
         ("model: nano\nvision: 3", "vision: Input should be a valid dictionary"),

@@ -1,0 +1,169 @@
+"""The media of a request as they come: parts become bytes that have a price in tiles and no place in the prompt yet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from common.model.geometry import Tiling, count_tiles
+from common.service import metrics
+from common.service.errors import InvalidRequest
+from protos.status_pb2 import ModelInfo
+from protos.vision_pb2 import ProbeReply, TilingOptions
+from router.api.schemas import ChatCompletionRequest, ImageUrl, Part, VideoUrl
+from router.api.tiles import FRAME, TileBudgets
+from router.api.video import FrameWish, resolve_frames
+from router.media import CompressedImage, MediaLimits, load_image, load_video
+from router.settings import RouterSettings
+
+
+@dataclass(slots=True)
+class Medium:
+    """An image, a video file, or a frame of a list."""
+
+    data: bytes
+    param: str  # where it stands in the request, for error messages
+    tiling: TilingOptions
+    num_tiles: int  # thumbnail included; of a video the most it may have, until its length is known
+    is_video: bool = False
+    frames: FrameWish | None = None  # of a video whose number of frames depends on its length
+
+    def set_length(self, length: ProbeReply) -> None:
+        """The number of frames is known now."""
+        if self.frames is not None:
+            self.num_tiles = self.tiling.num_frames = self.frames.count(length)
+            self.frames = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """One image of a message."""
+
+    medium: Medium
+
+
+@dataclass(frozen=True, slots=True)
+class VideoPart:
+    """One video of a message: a file, whose tiles are its frames, or one medium for each frame."""
+
+    media: Sequence[Medium]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaCount:
+    """Media of all messages, before anything of them is read."""
+
+    images: int
+    videos: int  # files and lists of frames
+    items: int  # images, files, and each frame of a list
+
+    @classmethod
+    def of(cls, request: ChatCompletionRequest) -> "MediaCount":
+        lists = (message.content for message in request.messages if isinstance(message.content, list))
+        parts = [part for parts in lists for part in parts if part.type != "text"]
+        images = sum(part.type == "image_url" for part in parts)
+        videos = [_num_items(part) for part in parts if part.type in ("video_url", "video")]
+        return cls(images, len(videos), images + sum(videos))
+
+
+@dataclass(slots=True)
+class MediaReader:
+    """Reads the media parts of one request, one after another."""
+
+    request: ChatCompletionRequest
+    model: ModelInfo
+    settings: RouterSettings
+    budgets: TileBudgets
+    num_pixels: int = 0
+    limits: MediaLimits = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.limits = MediaLimits(settings.max_item_bytes, settings.max_video_bytes, settings.max_image_pixels)
+
+    def image(self, part: Part, param: str) -> ImagePart:
+        """Read and price an ``image_url`` part.
+
+        Raises:
+            InvalidRequest, RequestTooLarge: it is missing or cannot be used.
+        """
+        param = f"{param}.image_url"
+        if part.image_url is None:
+            raise _missing("image", part, param)
+        source = ImageUrl(part.image_url) if isinstance(part.image_url, str) else part.image_url
+        url_param = param if isinstance(part.image_url, str) else f"{param}.url"
+        return ImagePart(self._image(source.url, self.budgets.of(source, param), url_param))
+
+    def video(self, part: Part, param: str) -> VideoPart:
+        """Read and price a ``video_url`` or ``video`` part. Raises as ``image``."""
+        param = f"{param}.{part.type}"
+        if part.type == "video":
+            if part.video is None:
+                raise _missing("video", part, param)
+            return VideoPart(self._frames(part.video, param))
+        source = VideoUrl(part.video_url) if isinstance(part.video_url, str) else part.video_url or VideoUrl()
+        if source.frames is not None:
+            _check_only_frames(source, param)
+            return VideoPart(self._frames(source.frames, f"{param}.frames"))
+        if source.url is None:
+            raise _missing("video", part, param)
+        url_param = param if isinstance(part.video_url, str) else f"{param}.url"
+        wish = resolve_frames(source, self.request, self.settings, param)
+        return VideoPart([self._file(source.url, wish, url_param)])
+
+    def _file(self, url: str, wish: FrameWish, param: str) -> Medium:
+        data = load_video(url, self.limits, param)
+        # No frame is cut: what the other options say of tiles is the same for all videos.
+        tiling = TilingOptions(min_dynamic_patch=1, max_dynamic_patch=1, num_frames=wish.limit)
+        return Medium(data, param, tiling, wish.limit, is_video=True, frames=None if wish.is_exact else wish)
+
+    def _frames(self, urls: Sequence[str], param: str) -> list[Medium]:
+        """Each is an ordinary image that is one tile."""
+        limit = self.settings.max_video_frames
+        if len(urls) > limit:
+            metrics.MEDIA_REJECTED.labels("items").inc()
+            raise InvalidRequest(f"at most {limit} frames are allowed", code="too_many_media_items", param=param)
+        media = []
+        for index, url in enumerate(urls):
+            medium = self._image(url, self.budgets.of(FRAME, param), f"{param}[{index}]")
+            medium.is_video = True
+            media.append(medium)
+        return media
+
+    def _image(self, url: str, tiling: Tiling, param: str) -> Medium:
+        exif_orientation = self.settings.exif_orientation
+        image = load_image(url, self.limits, param, exif_orientation=exif_orientation)
+        self._count_pixels(image, param)
+        options = TilingOptions(
+            min_dynamic_patch=tiling.min_tiles,
+            max_dynamic_patch=tiling.max_tiles,
+            use_thumbnail=tiling.use_thumbnail,
+            exif_orientation=exif_orientation,
+        )
+        return Medium(image.data, param, options, count_tiles(image.width, image.height, tiling))
+
+    def _count_pixels(self, image: CompressedImage, param: str) -> None:
+        self.num_pixels += image.num_pixels
+        if self.num_pixels > self.settings.max_request_pixels:
+            metrics.MEDIA_REJECTED.labels("pixels").inc()
+            message = f"all images together may have at most {self.settings.max_request_pixels} pixels"
+            raise InvalidRequest(message, code="invalid_image", param=param)
+
+
+def _num_items(part: Part) -> int:
+    """A file is one, a list of frames as many as it has."""
+    frames = part.video
+    if part.type == "video_url":
+        frames = part.video_url.frames if isinstance(part.video_url, VideoUrl) else None
+    return 1 if frames is None else len(frames)
+
+
+def _check_only_frames(source: VideoUrl, param: str) -> None:
+    """A list of frames is looked at as it is."""
+    for name in ("url", "num_frames", "fps"):
+        if getattr(source, name) is not None:
+            raise InvalidRequest(f"frames and {name} cannot both be given", param=f"{param}.{name}")
+
+
+def _missing(what: str, part: Part, param: str) -> InvalidRequest:
+    if part.uuid is not None:
+        return InvalidRequest(f"the {what} is unknown or forgotten, send it", code="unknown_media_uuid", param=param)
+    return InvalidRequest(f"the {what} is missing, send it", param=param)

@@ -1,0 +1,83 @@
+"""Messages as they come: roles, texts, and media read but not yet placed (API.md sections 2 and 3)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from common.service import metrics
+from common.service.errors import InvalidRequest
+from protos.status_pb2 import ModelInfo
+from router.api.media_parts import ImagePart, MediaCount, MediaReader, Medium, VideoPart
+from router.api.schemas import ChatCompletionRequest, Message, Part
+from router.api.tiles import TileBudgets
+from router.settings import RouterSettings
+
+_ROLES: Final = {"developer": "system"}
+
+ReadPart = str | ImagePart | VideoPart
+
+
+@dataclass(frozen=True, slots=True)
+class ReadMessage:
+    """One turn."""
+
+    role: str
+    parts: Sequence[ReadPart]
+    param: str  # of its content, for error messages
+
+
+def read_messages(request: ChatCompletionRequest, model: ModelInfo, settings: RouterSettings) -> list[ReadMessage]:
+    """All turns of a request. Decodes base64: runs in a thread when that is much.
+
+    Raises:
+        InvalidRequest: a part that is not supported, too many media, or one that cannot be used.
+        RequestTooLarge: a medium with too many bytes.
+    """
+    count = MediaCount.of(request)
+    if count.items > settings.max_media_items:
+        metrics.MEDIA_REJECTED.labels("items").inc()
+        message = f"at most {settings.max_media_items} images, videos and listed frames are allowed"
+        raise InvalidRequest(message, code="too_many_media_items", param="messages")
+    reader = MediaReader(request, model, settings, TileBudgets(request, model, settings, count.images))
+    return [_read(message, f"messages[{index}]", reader) for index, message in enumerate(request.messages)]
+
+
+def media_of(messages: Iterable[ReadMessage]) -> list[Medium]:
+    """All media, in the order of their parts."""
+    found: list[Medium] = []
+    for message in messages:
+        for part in message.parts:
+            if isinstance(part, ImagePart):
+                found.append(part.medium)
+            elif isinstance(part, VideoPart):
+                found.extend(part.media)
+    return found
+
+
+def _read(message: Message, param: str, reader: MediaReader) -> ReadMessage:
+    if message.tool_calls:
+        raise InvalidRequest(
+            "tool calls are not supported by this server", code="unsupported_parameter", param=f"{param}.tool_calls"
+        )
+    param = f"{param}.content"
+    if message.content is None:
+        raise InvalidRequest("content is required", param=param)
+    role = _ROLES.get(message.role, message.role)
+    if isinstance(message.content, str):
+        return ReadMessage(role, [message.content], param)
+    parts = [_read_part(part, f"{param}[{index}]", reader) for index, part in enumerate(message.content)]
+    return ReadMessage(role, parts, param)
+
+
+def _read_part(part: Part, param: str, reader: MediaReader) -> ReadPart:
+    if part.type == "text":
+        if part.text is None:
+            raise InvalidRequest("text is required", param=f"{param}.text")
+        return part.text
+    if part.type == "image_url":
+        return reader.image(part, param)
+    if part.type in ("video_url", "video"):
+        return reader.video(part, param)
+    raise InvalidRequest(
+        f"parts of type {part.type[:64]!r} are not supported", code="unsupported_media", param=f"{param}.type"
+    )

@@ -1,0 +1,136 @@
+"""Encoded groups -> signed frames -> the language server that waits for them. Nothing is copied on the way.
+
+Knows nothing of images or devices.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import torch
+from typing_extensions import Buffer
+
+from common.service.errors import Cancelled, DvdError, InternalError, TransportFailed
+from protos.frame import FeatureDtypeName, FrameHeader, FrameRejected, pack_header, with_checksum
+from protos.status_pb2 import Endpoint
+from protos.vision_pb2 import EncodeRequest
+from vision_server.device_jobs import EncodedGroup
+
+_FRAME_BYTES: Final = 4 * 2**20
+"""Aim for the payload of one frame: small enough to overlap with prefill, large enough that headers cost nothing."""
+_ENDED_AT_RECEIVER: Final = {"tombstone", "unknown_request", "stale"}
+
+
+class FrameCourier(Protocol):
+    """What delivery needs of ``common.transport.select.SenderPool``."""
+
+    async def send(self, endpoints: Sequence[Endpoint], packed_header: bytes, payload: Buffer, timeout: float) -> str:
+        """Deliver one frame by the first way that works; returns the transport used."""
+        ...
+
+
+@dataclass(slots=True)
+class Delivered:
+    """What has been handed out so far."""
+
+    tokens_per_tile: list[int] = field(default_factory=list)
+    num_bytes: int = 0
+    transport: str = ""
+
+
+class Delivery:
+    """Sends frames.
+
+    Args:
+        fingerprint: of the checkpoint, carried by every frame.
+        couriers: delivers frames; not owned.
+        timeout: seconds for one frame.
+    """
+
+    def __init__(self, couriers: FrameCourier, fingerprint: bytes, timeout: float) -> None:
+        self._couriers = couriers
+        self._fingerprint = fingerprint
+        self._timeout = timeout
+
+    async def deliver(
+        self, request: EncodeRequest, dtype: FeatureDtypeName, groups: AsyncIterator[EncodedGroup]
+    ) -> Delivered:
+        """Send each group the moment it is there; returns once every frame is acknowledged.
+
+        Raises:
+            Cancelled: the language server no longer waits.
+            TransportFailed: no way to it works.
+            InternalError: it refused a frame.
+            DvdError: what ``groups`` raised.
+        """
+        delivered = Delivered()
+        sends: list[asyncio.Task[str]] = []
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                async for group in groups:
+                    delivered.tokens_per_tile += group.tokens_per_tile
+                    delivered.num_bytes += group.num_bytes
+                    for header, payload in self._frames(request, dtype, group):
+                        sends.append(tasks.create_task(self._send(request, header, payload)))
+        except ExceptionGroup as failures:
+            ours = failures.subgroup(DvdError) or failures  # what failed first tells why, not what failed with it
+            raise ours.exceptions[0] from None
+        delivered.transport = sends[-1].result()
+        return delivered
+
+    async def _send(self, request: EncodeRequest, header: FrameHeader, payload: memoryview) -> str:
+        packed = pack_header(with_checksum(header, payload), request.ticket)
+        try:
+            return await self._couriers.send(request.deliver_to, packed, payload, self._timeout)
+        except FrameRejected as rejection:
+            raise _refused(rejection.reason) from None
+
+    def _frames(
+        self, request: EncodeRequest, dtype: FeatureDtypeName, group: EncodedGroup
+    ) -> Iterator[tuple[FrameHeader, memoryview]]:
+        """Cut a group between tiles into frames of some 4 MiB. Payloads are views, nothing is copied."""
+        hidden_size = group.features.shape[-1]
+        first_tile = group.first_tile
+        first_row = 0
+        for tokens in _cut(group.tokens_per_tile, _FRAME_BYTES // (hidden_size * group.features.itemsize)):
+            header = FrameHeader(
+                fingerprint=self._fingerprint,
+                request_id=request.request_id,
+                image_index=request.image_index,
+                attempt=request.attempt,
+                first_tile=first_tile,
+                num_image_tiles=group.num_image_tiles,
+                hidden_size=hidden_size,
+                dtype=dtype,
+                tokens_per_tile=tokens,
+                payload_crc32c=0,
+            )
+            yield header, bytes_of(group.features[first_row : first_row + sum(tokens)])
+            first_tile += len(tokens)
+            first_row += sum(tokens)
+
+
+def _cut(tokens_per_tile: Sequence[int], max_tokens: int) -> Iterator[tuple[int, ...]]:
+    """Neighbouring tiles together, as long as they have at most ``max_tokens``; at least one."""
+    part: list[int] = []
+    for tokens in tokens_per_tile:
+        if part and sum(part) + tokens > max_tokens:
+            yield tuple(part)
+            part = []
+        part.append(tokens)
+    yield tuple(part)
+
+
+def bytes_of(features: torch.Tensor) -> memoryview:
+    """The features as they lie in memory; numpy knows no bfloat16, so the view goes through bytes."""
+    return features.contiguous().view(torch.uint8).numpy().reshape(-1).data
+
+
+def _refused(reason: str) -> DvdError:
+    """What a refusal by the language server means to the caller of ``Encode``."""
+    if reason in _ENDED_AT_RECEIVER:
+        return Cancelled("the language server no longer waits for this image")
+    if reason == "checksum":
+        return TransportFailed("features were damaged on their way")
+    return InternalError(f"the language server refused the features: {reason[:64]}")
