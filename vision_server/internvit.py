@@ -160,9 +160,9 @@ class InternViT(nn.Module):
         """From now on, compute by cpu_tower.py, with the weights there are now; on other devices, change nothing.
 
         For a loaded model that only infers: packed weights cannot be trained, saved, loaded or moved. One matrix is in
-        memory twice, for a moment.
+        memory twice, for a moment. A second call does nothing.
         """
-        if self.embeddings.class_embedding.device.type != "cpu":
+        if self.embeddings.class_embedding.device.type != "cpu" or self._cpu_layers is not None:
             return
         self.embeddings.pack()
         run = list(self.encoder.layers)[: self.num_layers_run]

@@ -57,7 +57,7 @@ FLOOR: Final = 0.01
 """Nats per token, added to both losses: the ratio of two that are next to nothing says nothing."""
 WINDOW: Final = 2048
 """Past loss ratios that the percentile is taken of."""
-COMPRESSED_SHARE: Final = 0.66
+COMPRESSED_SHARE: Final = 0.68
 """Of the validation pictures; sets the absolute threshold."""
 
 
@@ -109,14 +109,23 @@ CONSISTENCY: Final = (
         start={"tiles-2": 0.2, "tiles-3": 0.2, "tiles-4": 0.3, "tiles-5": 0.3},
     ),
     Stage("tiles-6", 120, 32, BOTH, (0.5, 0.0)),
-    Stage("fresh-1", 100, 48, BOTH, (0.8, 0.4), WHOLE, OFTEN_COMPRESSED, HARD, start=MEAN),
+    Stage("fresh-1", 100, 48, BOTH, (0.8, 0.74), WHOLE, OFTEN_COMPRESSED, HARD, start=MEAN),
     Stage("fresh-2", 84, 48, BOTH, (0.7, 0.0), WHOLE, OFTEN_COMPRESSED, HARD, warmup=10),
+    Stage(
+        "fresh-3", 90, 48, BOTH, (0.4, 0.0), WHOLE, OFTEN_COMPRESSED, HARD, warmup=10,
+        start={"tiles-2": 0.1, "tiles-3": 0.1, "tiles-4": 0.1, "tiles-5": 0.15, "tiles-6": 0.15, "fresh-2": 0.4},
+    ),
 )  # fmt: skip
+POLICY: Final = {
+    "tiles-2": 0.105, "tiles-3": 0.105, "tiles-4": 0.14, "tiles-5": 0.175, "tiles-6": 0.175,
+    "fresh-2": 0.1, "fresh-3": 0.2,
+}  # fmt: skip
+"""The policy that is published."""
 ROUTER: Final = (
-    Stage("router-1", 200, 64, GATE, (0.5, 0.0), start={}),
+    Stage("router-1", 200, 64, GATE, (0.5, 0.0), start=MEAN),
     Stage("router-2", 350, 64, GATE, (0.6, 0.0)),
     Stage("router-3", 200, 64, GATE, (0.6, 0.0)),
-    Stage("router-4", 100, 64, GATE, (0.4, 0.0), warmup=10),
+    Stage("router-4", 110, 64, GATE, (0.4, 0.0), warmup=10, start=POLICY),
 )
 
 
