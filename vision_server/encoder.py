@@ -136,7 +136,7 @@ class VisionEncoder:
         # of the 300M shape on one core in FP32: 731, 752, 824 ms per tile for 1, 2, 4 tiles.
         self.preferred_batch_tiles = 32 if self.device.type != "cpu" else num_threads
         self._run: Callable[[Tensor], Tensor] = self._model.forward
-        self._side_by_side = SideBySide(lambda tile: self._run(tile), num_threads)
+        self._side_by_side = SideBySide(lambda tile: self._run(tile), num_threads, fixed=is_batch_invariant)
 
     @property
     def weight_bytes(self) -> int:
