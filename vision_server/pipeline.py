@@ -66,7 +66,8 @@ class ImagePipeline:
         Entering, or reading the groups, raises InvalidRequest for an image that cannot be used, and what
         ``ComputeThread`` raises.
         """
-        key: Hashable = object() if medium.key is None else (medium.key, kind, dtype)
+        # Patches become rows, and take a dtype, only after they have left here: whoever asked for scores has them.
+        key: Hashable = object() if medium.key is None else (medium.key, kind, None if kind == "patches" else dtype)
         if (cached := self._cache.get(key) if medium.key is not None else None) is not None:
             place = self._compute.admit(is_encoded=True)
             try:

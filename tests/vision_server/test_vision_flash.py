@@ -9,6 +9,7 @@ import torch
 
 from common.service import metrics
 from common.service.errors import from_grpc
+from protos.status_pb2 import FEATURE_DTYPE_BFLOAT16
 from protos.vision_pb2 import (
     VIR_MODE_AUTO,
     VIR_MODE_FORCE64,
@@ -85,6 +86,16 @@ async def test_scope_request_over_several_images(neighbourhood, checkpoint):
     replies = await asyncio.gather(*map(near.encode, requests))
     assert all(reply.cache_hit for reply in replies)  # what was computed for the scores
     assert_equal([tile for request in requests for tile in near.sink.tiles(request)], expected.features)
+
+
+async def test_what_was_seen_for_scores_serves_every_dtype(neighbourhood):
+    near: Neighbourhood = await neighbourhood(dtype="bfloat16")
+    request = near.request(encoded(picture(900, 900)), vir=vir(), dtype=FEATURE_DTYPE_BFLOAT16)
+    await near.stub.Score(
+        ScoreRequest(image=request.image, image_hash=request.image_hash, tiling=request.tiling), timeout=30
+    )
+    assert (await near.encode(request)).cache_hit
+    assert {tile.dtype for tile in near.sink.tiles(request)} == {torch.bfloat16}
 
 
 async def test_scores_are_exact_on_the_wire(neighbourhood):
