@@ -278,7 +278,7 @@ class LanguageEngine:
         logits = self._runner.run(batch, unknown)
         choice = self._sampler.choose(logits, sampled) if sampled else None
         for chunk in chunks:
-            chunk.sequence.num_computed_tokens = chunk.end
+            chunk.sequence.num_computed_tokens = chunk.sequence.num_reached_tokens = chunk.end
         return InFlight(chunks, [chunk.sequence.num_preemptions for chunk in chunks], choice, sizes)
 
     def _prepare(self, chunks: list[ScheduledChunk]) -> list[PreparedChunk]:

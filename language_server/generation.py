@@ -224,14 +224,12 @@ class Generation:
             backend.engine.add([prelude], self)
             self._prelude = prelude
 
-    def _end_prelude(self) -> int:
-        """Let go of it; returns how many tokens it has computed."""
+    def _end_prelude(self) -> Sequence | None:
+        """Let go of it."""
         prelude, self._prelude = self._prelude, None
-        if prelude is None:
-            return 0
-        num_tokens = prelude.num_computed_tokens - prelude.num_cached_tokens
-        self._backend.engine.abort([prelude.seq_id])
-        return num_tokens
+        if prelude is not None:
+            self._backend.engine.abort([prelude.seq_id])
+        return prelude
 
     def _prepare(self, prompt: Prompt, lease: Lease) -> Items[Choice]:
         request, backend = self._request, self._backend
@@ -239,7 +237,7 @@ class Generation:
         ids, spans = prompt.lay_out(tile_tokens, lease.rows_hashes)
         self._size = PromptSize.of(len(ids), request.images, [sum(sizes) for sizes in tile_tokens])
         sampling = sampling_params(request, len(ids), backend.max_model_len)
-        num_prepared_tokens = self._end_prelude()
+        prelude = self._end_prelude()
         for index, own_sampling in enumerate(for_each_choice(sampling, request.sampling.n)):
             sequence = Sequence(
                 seq_id=next(backend.seq_ids),
@@ -251,7 +249,7 @@ class Generation:
                 cache_scope=request.cache_scope,
                 constraint=self._grammar.copy() if self._grammar is not None else None,
                 priority=self._priority,
-                num_prepared_tokens=num_prepared_tokens,
+                prelude=prelude,
             )
             detokenizer = IncrementalDetokenizer(
                 backend.tokenizer,

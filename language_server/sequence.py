@@ -94,13 +94,14 @@ class Sequence:
     cache_scope: str = ""
     constraint: Constraint | None = None
     priority: int = 0
-    num_prepared_tokens: int = 0  # of the prompt, computed beforehand for this very sequence: finding them is no reuse
+    prelude: "Sequence | None" = None  # computed the beginning of the prompt for this very sequence
 
     has_images: bool = field(init=False)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     num_computed_tokens: int = field(default=0, init=False)  # KV of the first so many tokens is, or is being, computed
     num_committed_tokens: int = field(default=0, init=False)  # of these, those that others may share
+    num_reached_tokens: int = field(default=0, init=False)  # the same, and not forgotten when its blocks are given back
     num_cached_tokens: int = field(default=0, init=False)  # of these, reused from other sequences at first admission
     num_preemptions: int = field(default=0, init=False)
     block_table: list[int] = field(default_factory=list, init=False)
@@ -113,6 +114,13 @@ class Sequence:
         self.output_token_ids = list(self.output_token_ids)
         self.token_ids = [*self.prompt_token_ids, *self.output_token_ids]
         self.max_num_tokens = len(self.prompt_token_ids) + self.sampling.max_tokens
+
+    @property
+    def num_prepared_tokens(self) -> int:
+        """Of the prompt, computed by the prelude: finding them is no reuse. For the engine thread, which alone knows
+        how far the prelude came."""
+        prelude = self.prelude
+        return 0 if prelude is None else max(0, prelude.num_reached_tokens - prelude.num_cached_tokens)
 
     @property
     def num_tokens(self) -> int:

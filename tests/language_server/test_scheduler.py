@@ -211,7 +211,8 @@ def test_tokens_that_were_prepared_for_a_sequence_are_not_reused_from_others():
     world.step()
     assert first.num_cached_tokens == 0
     again = world.add(13, request=1, max_tokens=1)
-    again.num_prepared_tokens = 4
+    again.prelude = Sequence(9, bytes(16), [1], SamplingParams(max_tokens=1))
+    again.prelude.num_reached_tokens = 4
     world.step()
     assert again.num_cached_tokens == world.scheduler.num_prefix_hits == 8 - 4
 
