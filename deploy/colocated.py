@@ -10,7 +10,6 @@ import asyncio
 import secrets
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Final
@@ -193,8 +192,6 @@ async def run(settings: ColocatedSettings) -> int:
     """0 after a drain, 1 when the device thread or the engine died."""
     if settings.language.threads is not None:
         torch.set_num_threads(settings.language.threads)
-    # As in vision_server: Pillow's own warnings of strangers' images.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
     return await run_worker(TITLE, lambda: ColocatedServer(settings))
 
 

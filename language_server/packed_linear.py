@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.kernels.packed import pack
+
 
 class PackedLinear(nn.Module):
     """``x @ weight.T + bias`` for ``x`` [num_rows, in_features]. Keeps its own copy of ``weight`` [out, in] only."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        packed = _pack(weight)
+        packed = pack(weight)
         self.is_packed = packed is not None
         self._weight = weight if packed is None else packed
         self._bias = bias
@@ -26,15 +28,3 @@ class PackedLinear(nn.Module):
             return F.linear(rows, self._weight, self._bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
         return product
-
-
-def _pack(weight: Tensor) -> Tensor | None:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return None
-    try:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        probe = weight.new_zeros(1, weight.shape[1])
-        torch.ops.mkldnn._linear_pointwise(probe, packed, None, "none", [], "")
-    except (AttributeError, RuntimeError):
-        return None
-    return packed

@@ -8,13 +8,12 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from importlib.metadata import version
-from typing import Any, Final, TypeAlias
+from typing import Final
 
-import grpc.aio
 import torch
 
 from common.model import memory
@@ -22,7 +21,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.config import InternVLConfig, load_config
 from common.model.device import choose_device, choose_dtype
 from common.service import announce, metrics, rpc
-from common.service.errors import Cancelled, ConfigError, Overloaded, Unavailable
+from common.service.errors import Cancelled, ConfigError
 from common.service.health import add_health
 from common.service.program import Progress
 from common.service.status import StatusBoard
@@ -35,29 +34,26 @@ from language_server.engine import EngineConfig, EngineStats, LanguageEngine
 from language_server.engine_thread import EngineThread
 from language_server.feature_image import FeatureLayout
 from language_server.features import FeatureStore
-from language_server.generation import Backend, Generation
+from language_server.generation import Backend
 from language_server.grammar import GrammarCompiler
 from language_server.pace import PrefillPace
 from language_server.prompt import PromptBuilder
 from language_server.quantization import Quantization, choose_quantization
+from language_server.servicer import LanguageServicer
 from language_server.settings import LanguageSettings
 from language_server.tensor_parallel.leader import TensorParallelBackbone, load_tensor_parallel, rank_devices
 from language_server.tensor_parallel.plan import check_size
 from language_server.token_rate import TokenRate
 from language_server.tokenizer import Tokenizer
 from protos import frame, language_pb2_grpc
-from protos.language_pb2 import GenerateEvent, GenerateRequest
 from protos.status_pb2 import (
     FEATURE_DTYPE_BFLOAT16,
     FEATURE_DTYPE_FLOAT32,
     WORKER_STATE_DRAINING,
     WORKER_STATE_READY,
-    WORKER_STATE_STARTING,
     Endpoint,
     LanguageLoad,
     ModelInfo,
-    WatchStatusRequest,
-    WorkerStatus,
 )
 
 log = logging.getLogger(__name__)
@@ -69,57 +65,6 @@ _COMPILING_THREADS: Final = 2
 _STOP_SECONDS: Final = 10.0
 _LINGER_SECONDS: Final = 0.25
 """For events already made to reach their callers; ``WatchStatus`` streams would never end by themselves."""
-
-_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-
-
-class LanguageServicer(language_pb2_grpc.LanguageServicer):
-    """The gRPC face: each call is one ``Generation``."""
-
-    def __init__(self, board: StatusBoard, request_timeout: float, max_num_open: int) -> None:
-        self._board = board
-        self._max_num_open = max_num_open
-        self._request_timeout = request_timeout
-        self._open: set[Generation] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self.backend: Backend | None = None  # once loaded
-
-    async def drained(self) -> None:
-        """Returns once no ``Generate`` is running."""
-        await self._idle.wait()
-
-    async def Generate(self, request: GenerateRequest, context: _Context) -> AsyncIterator[GenerateEvent]:
-        """See ``Generation.events``; a server that is not ready answers Unavailable."""
-        if self.backend is None or self._board.state == WORKER_STATE_STARTING:
-            raise Unavailable("this server is starting", code="not_ready")
-        if self._board.state == WORKER_STATE_DRAINING:
-            raise Unavailable("this server is draining", code="draining")
-        if len(self._open) >= self._max_num_open:
-            raise Overloaded("too many requests are waiting")
-        remaining = rpc.remaining_seconds(context)
-        timeout = self._request_timeout if remaining is None else min(remaining, self._request_timeout)
-        generation = Generation(self.backend, request, time.monotonic() + timeout)
-        self._open.add(generation)
-        self._idle.clear()
-        # A generator that is suspended when its caller leaves runs no further: the call itself must tell us.
-        context.add_done_callback(lambda _: self._close(generation))
-        try:
-            async for event in generation.events():
-                yield event
-        finally:
-            self._close(generation)
-
-    async def WatchStatus(self, request: WatchStatusRequest, context: _Context) -> AsyncIterator[WorkerStatus]:
-        """State and load for one router, for as long as it listens."""
-        async for status in self._board.watch():
-            yield status
-
-    def _close(self, generation: Generation) -> None:
-        generation.close()
-        self._open.discard(generation)
-        if not self._open:
-            self._idle.set()
 
 
 class LanguageServer:

@@ -1,7 +1,6 @@
 """``python -m vision_server --model DIRECTORY ...``: startup -> serve -> drain."""
 
 import sys
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +23,6 @@ async def run(settings: VisionSettings) -> int:
     yield_to_others(settings.nice)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    # Pillow warns of strangers' images in words of its own; media.py judges them by number.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
     return await run_worker(TITLE, lambda: VisionServer(settings))
 
 

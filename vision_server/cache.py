@@ -51,12 +51,6 @@ class GroupCache:
             metrics.VISION_CACHE_EVICTIONS.inc()
         self._export()
 
-    def clear(self) -> None:
-        """Forget everything: the device needs the memory."""
-        self._entries.clear()
-        self.num_bytes = 0
-        self._export()
-
     def _drop(self, key: Hashable) -> None:
         _, num_bytes = self._entries.pop(key, ((), 0))
         self.num_bytes -= num_bytes

@@ -180,7 +180,7 @@ class ComputeThread:
             self._batcher.make_ready(image, kind)
             self._wake.notify()
         num_left = len(tiles)
-        while num_left:
+        while num_left > 0:
             result = await job.results.get()
             if isinstance(result, DvdError):
                 raise result

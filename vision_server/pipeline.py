@@ -17,7 +17,7 @@ from common.service.errors import InvalidRequest
 from vision_server.batcher import ImageId
 from vision_server.cache import GroupCache
 from vision_server.compute import ComputeThread
-from vision_server.decode_pool import DecodePool, MediaOptions
+from vision_server.decode_pool import DecodePool, MediaOptions, VideoFacts
 from vision_server.device_jobs import EncodedGroup, Group, SeenGroup
 from vision_server.encoder import Kind
 from vision_server.single_flight import SingleFlight
@@ -79,6 +79,14 @@ class ImagePipeline:
             metrics.VISION_COALESCED.inc()
         async with self._flights.board(key, lambda held: self._encode(medium, key, kind, dtype, held)) as flight:
             yield Passage(flight.items(), is_cached=False)
+
+    async def probe(self, video: bytes) -> VideoFacts:
+        """How long a video is. Raises Overloaded when the server is full, and what ``DecodePool.probe`` raises."""
+        place = self._compute.admit(is_encoded=True)
+        try:
+            return await self._decoder.probe(video)
+        finally:
+            self._compute.release(place)
 
     async def routed(
         self, groups: AsyncIterator[Group], choice: VirChoice, dtype: torch.dtype

@@ -91,7 +91,6 @@ class VisionServer:
             settings,
             self.config,
             ImagePipeline(self._decoder, self.compute, settings.feature_cache_bytes),
-            self._decoder,
             Delivery(courier or self._senders, fingerprint, settings.encode_timeout),
             self.board,
         )

@@ -32,7 +32,6 @@ from protos.vision_pb2 import (
     ScoreRequest,
     VisionTimings,
 )
-from vision_server.decode_pool import DecodePool
 from vision_server.delivery import Delivered, Delivery, bytes_of
 from vision_server.device_jobs import EncodedGroup, Group, SeenGroup
 from vision_server.encoder import Kind
@@ -72,18 +71,13 @@ class _Journey:
 
 
 class VisionServicer(vision_pb2_grpc.VisionServicer):
-    """Answers what protos/vision.proto names.
-
-    Args:
-        decoder: measures videos; not owned.
-    """
+    """Answers what protos/vision.proto names."""
 
     def __init__(
         self,
         settings: VisionSettings,
         config: InternVLConfig,
         pipeline: ImagePipeline,
-        decoder: DecodePool,
         delivery: Delivery,
         board: StatusBoard,
     ) -> None:
@@ -91,7 +85,6 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
         self._is_flash = config.flash is not None
         self._reader = RequestReader(config, settings.max_tiles_per_image)
         self._pipeline = pipeline
-        self._decoder = decoder
         self._delivery = delivery
         self._board = board
         self._num_running = 0
@@ -123,7 +116,7 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
         async with self._admitted(context):
             if not request.video:
                 raise InvalidRequest("the video is empty", param="video", code="invalid_image")
-            facts = await self._decoder.probe(request.video)
+            facts = await self._pipeline.probe(request.video)
             return ProbeReply(seconds=facts.seconds, num_frames=facts.num_frames)
 
     async def WatchStatus(self, request: WatchStatusRequest, context: _Context) -> AsyncIterator[WorkerStatus]:

@@ -5,11 +5,14 @@ or when the last of them has left. Nobody's deadline or cancellation is anybody 
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import ExitStack, asynccontextmanager
 from typing import Generic, TypeVar
 
 from common.service.errors import DvdError, InternalError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Source = Callable[[ExitStack], AsyncIterator[T]]
@@ -59,9 +62,9 @@ class Flight(Generic[T]):
                 self._news.set()
         except DvdError as error:
             self._error = error
-        except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, and there is nobody else to tell
+        except Exception as error:
+            log.error("unexpected failure on the way of an image", exc_info=error)
             self._error = InternalError("the image could not be encoded")
-            self._error.__cause__ = error
         finally:
             # ``items`` looks at the task, which is done only after this.
             asyncio.get_running_loop().call_soon(self._news.set)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -102,11 +103,13 @@ def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
     return guarded
 
 
-def _guard_stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for message in method(request, context):
-                yield message
+            # A caller may leave while a message is on its way: what the method holds goes back then, not at some time.
+            async with aclosing(method(request, context)) as messages:
+                async for message in messages:
+                    yield message
         except Exception as error:  # noqa: BLE001 - the seam: every failure becomes a status
             await _abort(context, error)
 

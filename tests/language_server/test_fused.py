@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("family", sorted(fused.FUSED_MODEL_TYPES))
 def test_fused_layers_compute_what_transformers_computes(family, is_packed, monkeypatch):
     if not is_packed:
-        monkeypatch.setattr(packed_linear, "_pack", lambda weight: None)
+        monkeypatch.setattr(packed_linear, "pack", lambda weight: None)
     model, _ = tiny_model(family)
     built = unfused(model)
     assert fused.can_fuse(built.config)

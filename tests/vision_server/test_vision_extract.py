@@ -348,3 +348,14 @@ async def test_a_reader_who_stops_reading_holds_up_nobody_else(near):
     assert len(await replies_to(near, make_request(encoded(picture())))) == 1
     idle.cancel()
     await until(lambda: near.server.compute.num_running == 0)
+
+
+async def test_who_leaves_with_messages_on_their_way_keeps_nothing(near):
+    """The handler stands at a message that the connection does not take any more: nothing wakes it but the end."""
+    call = near.stub.Extract(make_request(encoded(LARGE), kind=FEATURE_KIND_LAST_HIDDEN_STATE), timeout=30)
+    await call.read()
+    await until(lambda: near.server.compute.num_running == 0)  # all is encoded, and most of it not sent
+    call.cancel()
+    async with asyncio.timeout(10):
+        await near.server._servicer.drained()
+    assert near.server.compute._batcher.held_tiles == 0

@@ -9,6 +9,7 @@ import torch
 
 from common.service import metrics
 from protos.status_pb2 import FEATURE_DTYPE_BFLOAT16
+from protos.vision_pb2 import ProbeRequest
 from tests.vision_server.neighbours import Neighbourhood, encoded, picture
 from vision_server.encoder import VisionEncoder
 
@@ -116,3 +117,15 @@ async def test_deliveries_from_the_cache_are_bounded_as_well(neighbourhood):
     assert failure.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     go.set()
     assert [(await call).cache_hit for call in calls] == [True, True]
+
+
+async def test_videos_that_are_only_measured_are_bounded_as_well(neighbourhood):
+    near: Neighbourhood = await neighbourhood(max_queued_tiles=2, max_tiles_per_image=1)
+    places = [near.server.compute.admit(is_encoded=True) for _ in range(2)]
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await near.stub.Probe(ProbeRequest(video=b"no video"), timeout=30)
+    assert failure.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    near.server.compute.release(places[0])
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await near.stub.Probe(ProbeRequest(video=b"no video"), timeout=30)
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
