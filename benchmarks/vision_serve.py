@@ -32,7 +32,7 @@ from common.model.config import load_config
 from common.service import rpc
 from common.service.announce import Announcement
 from common.service.errors import Unavailable
-from common.transport.select import make_receiver
+from common.transport.registry import make_receiver
 from deploy.process import compute_defaults
 from protos.frame import FrameHeader
 from protos.status_pb2 import FEATURE_DTYPE_BFLOAT16, Endpoint

@@ -28,7 +28,8 @@ _OPENMP_WAITING: Final = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
 # A step's shape is a new one nearly every time, and torch and oneDNN keep code for the last 1,024 shapes of each
 # product: half a gigabyte, whatever the model's size (docs/decisions.md).
 _KEPT_SHAPES: Final = {"LRU_CACHE_CAPACITY": "256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
-_TAIL_LINES = 20
+_TAIL_LINES = 100  # a crash of native code says where every thread was
+_CRASH = "Fatal Python error"
 _READ_BYTES = 65536
 _PIECE_END = re.compile(r"(?<=[\r\n])")
 
@@ -94,7 +95,9 @@ class ServerProcess:
         self._pump.join(timeout=1)
         status = self.exit_status()
         how = f"status {status}" if status is None or status >= 0 else f"signal {_signal_name(-status)}"
-        reason = next((line for line in reversed(self._tail) if line.strip()), "it said nothing")
+        said = [line for line in self._tail if line.strip()]
+        crash = next((line for line in said if line.startswith(_CRASH)), None)
+        reason = crash or (said[-1] if said else "it said nothing")
         return f"{self.name} ended with {how}: {reason.strip()}"
 
     def tail(self) -> list[str]:

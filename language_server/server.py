@@ -27,7 +27,7 @@ from common.service.program import Progress
 from common.service.status import StatusBoard
 from common.transport.base import FeatureReceiver
 from common.transport.listen import PRIVATE_DIRECTORY
-from common.transport.select import make_receiver
+from common.transport.registry import make_receiver
 from language_server.backbone import LanguageBackbone, load_backbone
 from language_server.cpu_threads import OWN_CORES_TOLERANCE, SHARED_CORES_TOLERANCE, tune_decode_threads
 from language_server.engine import EngineConfig, EngineStats, LanguageEngine

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from common.service.program import ServerSettings
 from common.service.settings import Field
+from common.transport.registry import TRANSPORTS, TransportName
 from language_server.pace import DEFAULT_STRETCH, DEFAULT_TEXT_STRETCH
 
 QuantizationName: TypeAlias = Literal["auto", "none", "bitsandbytes", "fp8"]
@@ -23,8 +24,8 @@ class LanguageSettings(ServerSettings):
         "127.0.0.1:0",
         description="where features arrive: host:port (each transport takes the next port; 0: any) or unix-dir:/path",
     )
-    transports: tuple[Literal["zmq", "grpc"], ...] = Field(
-        ("zmq", "grpc"), min_length=1, description="ways to take features, best first"
+    transports: tuple[TransportName, ...] = Field(
+        TRANSPORTS, min_length=1, description="ways to take features, best first"
     )
     metrics_listen: str | None = Field("127.0.0.1:0", description="host:port of /metrics; null switches it off")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")

@@ -68,7 +68,7 @@ class VirOptions(_message.Message):
     def __init__(self, mode: _Optional[_Union[VirMode, str]] = ..., scope: _Optional[_Union[VirScope, str]] = ..., relative_threshold: _Optional[float] = ..., absolute_threshold: _Optional[float] = ..., request_scores: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("request_id", "image_index", "attempt", "mm_hash", "image", "tiling", "deliver_to", "ticket", "dtype", "image_hash", "vir")
+    __slots__ = ("request_id", "image_index", "attempt", "mm_hash", "image", "tiling", "deliver_to", "ticket", "dtype", "image_hash", "vir", "first_tile", "num_tiles")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,8 @@ class EncodeRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_HASH_FIELD_NUMBER: _ClassVar[int]
     VIR_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TILE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TILES_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     image_index: int
     attempt: int
@@ -91,7 +93,9 @@ class EncodeRequest(_message.Message):
     dtype: _status_pb2.FeatureDtype
     image_hash: bytes
     vir: VirOptions
-    def __init__(self, request_id: _Optional[bytes] = ..., image_index: _Optional[int] = ..., attempt: _Optional[int] = ..., mm_hash: _Optional[bytes] = ..., image: _Optional[bytes] = ..., tiling: _Optional[_Union[TilingOptions, _Mapping]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., ticket: _Optional[bytes] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., image_hash: _Optional[bytes] = ..., vir: _Optional[_Union[VirOptions, _Mapping]] = ...) -> None: ...
+    first_tile: int
+    num_tiles: int
+    def __init__(self, request_id: _Optional[bytes] = ..., image_index: _Optional[int] = ..., attempt: _Optional[int] = ..., mm_hash: _Optional[bytes] = ..., image: _Optional[bytes] = ..., tiling: _Optional[_Union[TilingOptions, _Mapping]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., ticket: _Optional[bytes] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., image_hash: _Optional[bytes] = ..., vir: _Optional[_Union[VirOptions, _Mapping]] = ..., first_tile: _Optional[int] = ..., num_tiles: _Optional[int] = ...) -> None: ...
 
 class EncodeReply(_message.Message):
     __slots__ = ("num_tiles", "tokens_per_tile", "feature_bytes", "transport", "cache_hit", "timings")

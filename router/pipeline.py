@@ -6,21 +6,18 @@ cancelled at once.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
 from common.service import metrics
-from common.service.errors import DeadlineExceeded, DvdError, InternalError, Overloaded, Unavailable
-from protos.language_pb2 import Admitted, Finished, GenerateEvent, ImageTicket, Token
-from protos.vision_pb2 import EncodeReply, EncodeRequest, VirOptions
+from common.service.errors import DeadlineExceeded, DvdError, InternalError, Unavailable
+from protos.language_pb2 import Admitted, Finished, GenerateEvent, Token
 from router.causes import cause_of
+from router.encoding import encode_missing
 from router.fleet import Fleet
 from router.record import RequestRecord
 from router.request import ChatRequest
-from router.scores import Scores, collect_scores
-from router.vision_calls import call_vision
-from router.workers import LanguageWorker, VisionWorker
+from router.workers import LanguageWorker
 
 MAX_GENERATE_ATTEMPTS: Final = 2
 ENCODE_GRACE_SECONDS: Final = 1.0
@@ -90,64 +87,10 @@ class Pipeline:
                 async with asyncio.TaskGroup() as group:
                     encoding = None
                     if admitted.missing:
-                        encoding = group.create_task(self._encode_missing(request, admitted, record))
+                        encoding = group.create_task(encode_missing(self._fleet, request, admitted, record))
                     await _relay(events, request.num_choices, encoding, answer, record)
             except BaseExceptionGroup as errors:
                 raise cause_of(errors) from None
-
-    async def _encode_missing(self, request: ChatRequest, admitted: Admitted, record: RequestRecord) -> None:
-        """Have all images encoded that the language server lacks, once all scores are known where they are needed."""
-        scores = await self._collect_scores(request, record) if request.needs_scores else None
-        async with asyncio.TaskGroup() as group:
-            for ticket in admitted.missing:
-                group.create_task(self._encode(request, ticket, admitted, scores, record))
-
-    async def _collect_scores(self, request: ChatRequest, record: RequestRecord) -> Scores:
-        started_at = time.monotonic()
-        scores = await collect_scores(self._fleet, request.images, request.deadline)
-        record.score_seconds = time.monotonic() - started_at
-        return scores
-
-    async def _encode(
-        self,
-        request: ChatRequest,
-        ticket: ImageTicket,
-        admitted: Admitted,
-        scores: Scores | None,
-        record: RequestRecord,
-    ) -> None:
-        """Have one image encoded and delivered."""
-        index = ticket.image_index
-        if index >= len(request.images):
-            raise InternalError("a server asked for an image that does not exist")
-        image = request.images[index]
-        call = EncodeRequest(
-            request_id=request.generate.request_id,
-            image_index=index,
-            mm_hash=image.mm_hash,
-            image_hash=image.image_hash,
-            image=image.data,
-            tiling=image.tiling,
-            vir=_with_scores(request.vir, scores),
-            deliver_to=admitted.deliver_to,
-            ticket=ticket.ticket,
-            dtype=admitted.dtype,
-        )
-
-        async def encode(vision: VisionWorker, attempt: int) -> EncodeReply:
-            call.attempt = attempt
-            record.encode_attempts += 1
-            return await vision.encode(call, image.num_tiles, request.deadline.remaining())
-
-        prefer = scores.servers[index] if scores is not None else None
-        try:
-            reply = await call_vision(self._fleet, image.image_hash, encode, param=image.param, prefer=prefer)
-        except (Unavailable, Overloaded, InternalError):
-            # A token needs the whole prompt: the features had arrived, only the reply that says so was lost.
-            if not record.has_first_token:
-                raise
-        else:
-            record.encoded.append(reply)
 
 
 async def _wait_admitted(events: AsyncIterator[GenerateEvent]) -> Admitted:
@@ -191,12 +134,3 @@ async def _settle(encoding: asyncio.Task[None] | None) -> None:
     if encoding is not None:
         await asyncio.wait([encoding], timeout=ENCODE_GRACE_SECONDS)
         encoding.cancel()
-
-
-def _with_scores(vir: VirOptions | None, scores: Scores | None) -> VirOptions | None:
-    """The options of one ``Encode``: those of the request, and what its tiles are compared with."""
-    if vir is None or scores is None:
-        return vir
-    complete = VirOptions(request_scores=scores.of_tiles)
-    complete.MergeFrom(vir)
-    return complete

@@ -1,15 +1,19 @@
 """How kernels are compiled, how many threads they take, and how tensors reach them."""
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import numba
 import numpy as np
 import torch
+from numba.core.caching import IndexDataCacheFile
 
 _MIN_PARALLEL_WORK: Final = 1 << 16
 """Elements from which sharing a loop pays for waking another thread."""
@@ -38,10 +42,44 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     except RuntimeError:  # no directory to keep it in
         compiled: Callable[..., None] = numba.njit(**options)(function)
         return compiled
+    cache = kept._cache
     # What is kept is taken for fresh while the function's own file is the same: also what it is made of must be.
-    index = kept._cache._cache_file
-    index._source_stamp = (index._source_stamp, _stamp_of_helpers())
+    stamp = (cache._cache_file._source_stamp, _stamp_of_helpers())
+    cache._cache_file = KeptCode(cache.cache_path, cache._impl.filename_base, stamp)
     return kept  # type: ignore[no-any-return]
+
+
+class KeptCode(IndexDataCacheFile):  # type: ignore[misc]  # Numba has no types
+    """What was compiled of one function, on disk, for all processes of this machine.
+
+    Numba numbers the code of each signature by an index that it reads, changes and writes back. Two processes that do
+    so at once give two signatures one number, and the next to load the one runs the code of the other on its arrays.
+    Here one process reads or writes at a time.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep ``data`` under ``key``, for everybody."""
+        with self._alone():
+            super().save(key, data)
+
+    def load(self, key: Any) -> Any:
+        """What was kept under ``key``, or None."""
+        with self._alone():
+            return super().load(key)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            lock = os.open(f"{self._index_path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError:  # nothing is kept there yet, or nobody may write: then nobody does
+            yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
+            os.close(lock)
 
 
 @functools.cache

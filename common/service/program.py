@@ -4,12 +4,13 @@ Knows nothing of models or requests. Exit status: 0 after a drain, 1 when the se
 """
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeVar
 
@@ -73,6 +74,8 @@ def run_program(
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
     """Read the options, run, and return the exit status. What stops a start is one line on stderr."""
+    with suppress(OSError):  # stderr is no file
+        faulthandler.enable()  # native code that crashes leaves word of where
     try:
         settings = options.load(sys.argv[1:] if argv is None else argv)
         logs.configure(title, settings.log_level)

@@ -13,7 +13,7 @@ import grpc.aio
 from common.service import rpc
 from common.service.errors import DeadlineExceeded, TransportFailed, from_grpc
 from common.transport.base import FrameSink, receive_frame
-from common.transport.listen import remove_socket
+from common.transport.listen import PRIVATE_DIRECTORY, check_host_port, new_socket_path, remove_socket
 from common.transport.meter import ReceiveMeter
 from common.transport.sender import BoundedSender, TransportLimits
 from protos.features_pb2 import FrameAck, FrameMessage
@@ -115,3 +115,13 @@ class GrpcSender(BoundedSender):
             raise TransportFailed(self._credit.failure) from None
         finally:
             self._credit.release(len(payload))
+
+
+def receiver_at(listen: str, limits: TransportLimits) -> GrpcReceiver:
+    """See ``common.transport.registry``. Raises ConfigError."""
+    if listen.startswith(PRIVATE_DIRECTORY):
+        return GrpcReceiver(f"unix:{new_socket_path(listen, NAME)}", limits)
+    return GrpcReceiver(check_host_port(listen), limits)
+
+
+sender_to = GrpcSender

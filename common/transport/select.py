@@ -1,42 +1,17 @@
-"""Which transport carries a frame: receivers by name, and a pool of senders that falls back while requests run."""
+"""Which transport carries a frame: a pool of senders that falls back while requests run."""
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from typing_extensions import Buffer
 
 from common.service import metrics
 from common.service.errors import ConfigError, TransportFailed
-from common.transport.base import FeatureReceiver
-from common.transport.grpc import GrpcReceiver, GrpcSender
-from common.transport.listen import PRIVATE_DIRECTORY, check_host_port, new_socket_path
+from common.transport.registry import TRANSPORTS, make_sender
 from common.transport.sender import BoundedSender, TransportLimits
-from common.transport.zmq import ZmqReceiver, ZmqSender
 from protos.status_pb2 import Endpoint
-
-TRANSPORTS: Final = ("zmq", "grpc")
-_SENDERS: Final[dict[str, type[ZmqSender] | type[GrpcSender]]] = {"zmq": ZmqSender, "grpc": GrpcSender}
-
-
-def make_receiver(transport: str, listen: str, *, limits: TransportLimits | None = None) -> FeatureReceiver:
-    """A receiver for ``transport`` at ``listen``: ``host:port`` (port 0: any free one), or ``unix-dir:/path`` for a
-    socket in a directory that only this user may enter (made if missing).
-
-    Raises:
-        ConfigError: unknown transport, an address that senders cannot dial, or a directory open to others.
-    """
-    limits = limits or TransportLimits()
-    if transport not in TRANSPORTS:
-        raise ConfigError(f"transport {transport!r}: must be one of {', '.join(TRANSPORTS)}")
-    if listen.startswith(PRIVATE_DIRECTORY):
-        path = new_socket_path(listen, transport)
-        return ZmqReceiver(f"ipc://{path}", limits) if transport == "zmq" else GrpcReceiver(f"unix:{path}", limits)
-    address = check_host_port(listen)
-    return ZmqReceiver(f"tcp://{address}", limits) if transport == "zmq" else GrpcReceiver(address, limits)
-
 
 _Key = tuple[str, str]
 
@@ -143,7 +118,7 @@ class SenderPool:
         elif entry is None and key in self._retry_at:
             metrics.TRANSFER_RECONNECTS.labels(transport, "send").inc()
         if entry is None:
-            entry = self._entries[key] = _Entry(_SENDERS[transport](address, self._limits), _now())
+            entry = self._entries[key] = _Entry(make_sender(transport, address, self._limits), _now())
         self._entries.move_to_end(key)
         return entry
 

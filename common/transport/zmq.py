@@ -23,7 +23,7 @@ from zmq.utils.monitor import recv_monitor_message
 from common.service.errors import ConfigError, TransportFailed
 from common.service.listen import cannot_listen
 from common.transport.base import FrameSink, receive_frame
-from common.transport.listen import remove_socket
+from common.transport.listen import PRIVATE_DIRECTORY, check_host_port, new_socket_path, remove_socket
 from common.transport.meter import ReceiveMeter
 from common.transport.sender import BoundedSender, TransportLimits
 from protos.status_pb2 import Endpoint
@@ -264,3 +264,13 @@ def _make_socket(kind: int, address: str, *, max_part_bytes: int) -> zmq.asyncio
     socket.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.IPV6, int("[" in address))
     return socket
+
+
+def receiver_at(listen: str, limits: TransportLimits) -> ZmqReceiver:
+    """See ``common.transport.registry``. Raises ConfigError."""
+    if listen.startswith(PRIVATE_DIRECTORY):
+        return ZmqReceiver(f"ipc://{new_socket_path(listen, NAME)}", limits)
+    return ZmqReceiver(f"tcp://{check_host_port(listen)}", limits)
+
+
+sender_to = ZmqSender

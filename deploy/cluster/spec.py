@@ -6,7 +6,7 @@ Knows nothing of Ray, and nothing of what is true on other machines: whether a n
 import ipaddress
 import json
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import yaml
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from common.service.errors import ConfigError
+from common.transport.registry import TRANSPORTS, TransportName
 from deploy.cluster.mistakes import check_options, explain
 from deploy.cluster.tiers import TIERS, Tier
 from deploy.settings import EMBEDDED, NANO
@@ -159,7 +160,7 @@ class ClusterSpec(_Part):
     model: str
     served_model_name: list[str] = Field(default_factory=list)
     ray: RaySpec = Field(default_factory=RaySpec)
-    transports: tuple[Literal["zmq", "grpc"], ...] = Field(default=("zmq", "grpc"), min_length=1)
+    transports: tuple[TransportName, ...] = Field(default=TRANSPORTS, min_length=1)
     api_keys: list[SecretStr] = Field(default_factory=list)
     api_key_file: Path | None = None
     insecure_network: bool = False

@@ -77,6 +77,13 @@ def test_failure_names_the_program_its_status_and_its_last_words(start):
     assert heard == ["loading\n", "half\r", "whole\r", "fake: no such checkpoint\n"]
 
 
+def test_a_crash_of_native_code_says_where(start):
+    process = start("import faulthandler, os; faulthandler.enable(); os.abort()")
+    assert process.wait(DEADLINE)
+    assert process.failure() == "fake ended with signal SIGABRT: Fatal Python error: Aborted"
+    assert any("fake" in line for line in process.tail())
+
+
 def test_announcement_is_none_until_the_program_is_ready(start):
     process = start(ANNOUNCES_AND_STAYS)
     wait_until(process.announcement)

@@ -38,6 +38,8 @@ def nano(request) -> Iterator[LocalDeployment]:
 def client(nano) -> Iterator[OpenAI]:
     with openai_client(nano) as connected:
         yield connected
+    for process in nano.processes:
+        assert process.exit_status() is None, "\n".join([process.failure(), *process.tail()])
 
 
 def openai_client(deployment: LocalDeployment, **options: Any) -> OpenAI:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.service import rpc
-from common.transport.select import make_receiver
+from common.transport.registry import make_receiver
 from deploy.colocated import DeviceTurn, LocalTransport
 from protos.status_pb2 import FEATURE_DTYPE_BFLOAT16
 from protos.vision_pb2_grpc import VisionStub

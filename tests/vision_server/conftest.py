@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.service import rpc
-from common.transport.select import make_receiver
+from common.transport.registry import make_receiver
 from protos.vision_pb2_grpc import VisionStub
 from tests.checkpoints import VISION_300M, RandomCheckpoint, make_checkpoint
 from tests.vision_server.neighbours import FeatureSink, Neighbourhood

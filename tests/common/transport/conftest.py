@@ -11,7 +11,7 @@ import pytest
 
 from common.transport.base import FeatureReceiver
 from common.transport.grpc import GrpcSender
-from common.transport.select import make_receiver
+from common.transport.registry import make_receiver
 from common.transport.sender import BoundedSender, TransportLimits
 from common.transport.zmq import ZmqSender
 from protos.status_pb2 import Endpoint

@@ -8,7 +8,7 @@ import pytest
 
 from common.service.errors import ConfigError
 from common.transport.listen import check_host_port, new_socket_path
-from common.transport.select import make_receiver
+from common.transport.registry import make_receiver
 from tests.common.transport.fakes import MemorySink
 
 

@@ -11,7 +11,8 @@ from common.service import metrics
 from common.service.errors import ConfigError, DeadlineExceeded, TransportFailed
 from common.transport.base import FeatureReceiver
 from common.transport.grpc import GrpcReceiver
-from common.transport.select import SenderPool, make_receiver
+from common.transport.registry import make_receiver
+from common.transport.select import SenderPool
 from common.transport.sender import TransportLimits
 from common.transport.zmq import ZmqReceiver
 from protos.frame import FrameRejected
