@@ -79,12 +79,14 @@ class Drop:
     def __init__(self) -> None:
         self._memory = bytearray()
 
-    def place(self, header: FrameHeader, packed_header: Buffer) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
+        if memory is not None:
+            return memoryview(memory).cast("B")
         if len(self._memory) < header.payload_bytes:
             self._memory = bytearray(header.payload_bytes)
         return memoryview(self._memory)[: header.payload_bytes]
 
-    def commit(self, header: FrameHeader) -> None:
+    def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
         pass
 
 

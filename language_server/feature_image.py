@@ -69,7 +69,8 @@ class FeatureImage:
         self._layout = layout
         self.attempt = 0
         self.num_users = 0
-        self.pending: OrderedDict[FrameHeader, torch.Tensor] = OrderedDict()  # placed, not committed
+        # Placed, not committed: rows, and the view of them that its writer has.
+        self.pending: OrderedDict[FrameHeader, tuple[torch.Tensor, memoryview]] = OrderedDict()
         self._tiles: list[torch.Tensor | None] = [None] * self.num_tiles
         self._prefix: list[torch.Tensor] = []  # tiles [tokens, hidden] from the first on without a gap
         self._prefix_starts: list[int] = []

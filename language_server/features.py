@@ -25,7 +25,7 @@ from typing_extensions import Buffer
 from common.service import metrics
 from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from language_server.feature_image import FeatureImage, FeatureLayout, ImageKey
-from protos.frame import MAX_TILES, FeatureDtypeName, FrameHeader, FrameRejected, checksum, is_signed_by
+from protos.frame import MAX_TILES, FeatureDtypeName, FrameHeader, FrameRejected, is_signed_by
 
 TORCH_DTYPES: Final[Mapping[FeatureDtypeName, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
@@ -323,7 +323,7 @@ class FeatureStore:
 
     # --- FrameSink (event loop)
 
-    def place(self, header: FrameHeader, packed_header: Buffer) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
         """Memory for one frame; see ``FrameSink.place``. Nothing is allocated before the header passed every check."""
         if header.fingerprint != self.layout.fingerprint:
             raise FrameRejected("fingerprint", "features of another checkpoint")
@@ -334,21 +334,23 @@ class FeatureStore:
         image = lease._images[header.image_index]
         self._check_attempt(header, image)
         self._check_shape(header, image)
-        rows = torch.empty(header.num_tokens, header.hidden_size, dtype=TORCH_DTYPES[header.dtype])
+        rows = _make_rows(header, memory)
+        view = _bytes_of(rows)
         image.attempt = header.attempt
-        image.pending[header] = rows
+        image.pending[header] = rows, view
         self._bound_pending(image)
-        return _bytes_of(rows)
+        return view
 
-    def commit(self, header: FrameHeader) -> None:
+    def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
         """Check a written frame and make its tiles ready; see ``FrameSink.commit``."""
         lease = self._find_lease(header.request_id)
         image = lease._images[header.image_index]
-        rows = image.pending.pop(header, None)
-        if rows is None:
+        rows, view = image.pending.get(header, (None, None))
+        if rows is None or view is not memory:
             self._check_attempt(header, image)
             raise FrameRejected("stale", "another writer took its place")
-        if checksum(_bytes_of(rows)) != header.payload_crc32c:
+        del image.pending[header]
+        if payload_crc32c != header.payload_crc32c:
             raise FrameRejected("checksum", "the payload was damaged on its way")
         if not _is_finite(rows):
             raise FrameRejected("nonfinite", "NaN or infinity among the features")
@@ -410,6 +412,14 @@ class FeatureStore:
     def rows(self, request_id: bytes, image_index: int, start: int, stop: int) -> torch.Tensor:
         """Ready rows ``[stop - start, hidden]`` of an image, in wire dtype."""
         return self._leases[request_id]._images[image_index].rows(start, stop)
+
+
+def _make_rows(header: FrameHeader, memory: Buffer | None) -> torch.Tensor:
+    """``[tokens, hidden]``, in ``memory`` where that is given."""
+    dtype = TORCH_DTYPES[header.dtype]
+    if memory is None:
+        return torch.empty(header.num_tokens, header.hidden_size, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype).view(header.num_tokens, header.hidden_size)
 
 
 def _bytes_of(rows: torch.Tensor) -> memoryview:

@@ -9,17 +9,21 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from protos.frame import FrameHeader, FrameRejected, parse_header
+from protos.frame import FrameHeader, FrameRejected, checksum, parse_header
 from protos.status_pb2 import Endpoint
 
 
 class FrameSink(Protocol):
     """Where a receiver puts frames: the language server's feature store. Called on the event loop, never blocks."""
 
-    def place(self, header: FrameHeader, packed_header: Buffer) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
         """Reserved memory for the payload, exactly ``header.payload_bytes`` long and writable.
 
         Everything that can be known from the header is checked here, before the payload is looked at.
+
+        Args:
+            memory: where the payload lies already, or will: the sink keeps it as it is, instead of memory of its own,
+                for as long as it needs the features, and then lets go of it.
 
         Raises:
             FrameRejected: reason ``fingerprint``, ``ticket``, ``unknown_request``, ``tombstone``, ``stale``,
@@ -27,11 +31,16 @@ class FrameSink(Protocol):
         """
         ...
 
-    def commit(self, header: FrameHeader) -> None:
+    def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
         """The payload is in place: check it and make its tiles ready.
 
+        Args:
+            memory: what ``place`` returned for this very frame; another writer may have begun it again elsewhere.
+            payload_crc32c: of ``memory``, computed by the receiver after the last byte was written, on any thread.
+
         Raises:
-            FrameRejected: reason ``checksum`` or ``nonfinite``; also ``tombstone`` if the request ended meanwhile.
+            FrameRejected: reason ``checksum`` or ``nonfinite``; also ``tombstone`` if the request ended meanwhile, and
+                ``duplicate`` or ``stale`` if another writer was faster.
         """
         ...
 
@@ -73,8 +82,9 @@ def receive_frame(sink: FrameSink, packed_header: Buffer, payload: Buffer) -> st
         view = memoryview(payload).cast("B")
         if len(view) != header.payload_bytes:
             raise FrameRejected("size", f"payload of {len(view)} bytes, header says {header.payload_bytes}")
-        sink.place(header, packed_header)[:] = view
-        sink.commit(header)
+        memory = sink.place(header, packed_header)
+        memory[:] = view
+        sink.commit(header, memory, checksum(memory))
     except FrameRejected as rejection:
         return rejection.reason
     return "ok"

@@ -14,7 +14,7 @@ from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from common.transport.base import receive_frame
 from language_server.feature_image import FeatureLayout, ImageKey
 from language_server.features import FeatureStore
-from protos.frame import MAX_TILES, FrameHeader, FrameRejected, pack_header, with_checksum
+from protos.frame import MAX_TILES, FrameHeader, FrameRejected, checksum, pack_header, with_checksum
 
 TOKENS, HIDDEN = 4, 3
 TILE_BYTES = TOKENS * HIDDEN * 4
@@ -173,7 +173,7 @@ async def check_attempts(data):
             if header not in placed:
                 continue
             placed[header][:] = memoryview(rows.numpy()).cast("B")
-            store.commit(header)
+            store.commit(header, placed[header], checksum(placed[header]))
         except FrameRejected as error:
             assert error.reason in ("duplicate", "stale")
             continue
@@ -295,22 +295,48 @@ async def test_a_late_writer_cannot_touch_what_is_ready():
     slow, rows = frame(1)
     fast = dataclasses.replace(slow, attempt=1)
     slow_memory = store.place(slow, pack_header(slow, lease.missing[0]))
-    store.place(fast, pack_header(fast, lease.missing[0]))[:] = memoryview(rows.numpy()).cast("B")
-    store.commit(fast)
+    fast_memory = store.place(fast, pack_header(fast, lease.missing[0]))
+    fast_memory[:] = memoryview(rows.numpy()).cast("B")
+    store.commit(fast, fast_memory, checksum(fast_memory))
     slow_memory[:] = bytes(len(slow_memory))
     assert torch.equal(store.rows(REQUEST, 0, 0, TOKENS), rows)
     with pytest.raises(FrameRejected, match="duplicate"):
-        store.commit(slow)
+        store.commit(slow, slow_memory, slow.payload_crc32c)
 
 
 async def test_unfinished_frames_are_bounded():
     store = make_store()
     lease = await reserve(store, [key("a")])
     headers = [frame(1, attempt=attempt)[0] for attempt in range(5)]
-    for header in headers:
-        store.place(header, pack_header(header, lease.missing[0]))
+    placed = [store.place(header, pack_header(header, lease.missing[0])) for header in headers]
     with pytest.raises(FrameRejected, match="stale"):
-        store.commit(headers[0])
+        store.commit(headers[0], placed[0], headers[0].payload_crc32c)
+
+
+async def test_who_began_a_frame_first_does_not_commit_what_another_has_half_written():
+    store = make_store()
+    lease = await reserve(store, [key("a")])
+    header, rows = frame(1)
+    first = store.place(header, pack_header(header, lease.missing[0]))
+    second = store.place(header, pack_header(header, lease.missing[0]))
+    first[:] = memoryview(rows.numpy()).cast("B")
+    with pytest.raises(FrameRejected, match="stale"):
+        store.commit(header, first, checksum(first))
+    assert store.num_ready_tokens(REQUEST, 0) == 0
+    second[:] = memoryview(rows.numpy()).cast("B")
+    store.commit(header, second, checksum(second))
+    assert torch.equal(store.rows(REQUEST, 0, 0, TOKENS), rows)
+
+
+async def test_features_may_stay_where_they_came():
+    store = make_store()
+    lease = await reserve(store, [key("a")])
+    header, rows = frame(1)
+    memory = bytearray(rows.numpy().tobytes())
+    view = store.place(header, pack_header(header, lease.missing[0]), memory)
+    store.commit(header, view, checksum(view))
+    assert store.rows(REQUEST, 0, 0, TOKENS).data_ptr() == torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    assert torch.equal(store.rows(REQUEST, 0, 0, TOKENS), rows)
 
 
 async def test_frames_after_the_end_meet_a_tombstone():
@@ -318,11 +344,11 @@ async def test_frames_after_the_end_meet_a_tombstone():
     lease = await reserve(store, [key("a", 2)])
     ticket = lease.missing[0]
     header, rows = frame(1, of=2)
-    store.place(header, pack_header(header, ticket))
+    memory = store.place(header, pack_header(header, ticket))
     lease.release()
     lease.release()
     with pytest.raises(FrameRejected, match="tombstone"):
-        store.commit(header)
+        store.commit(header, memory, header.payload_crc32c)
     assert deliver(store, lease, header, rows, ticket=ticket) == "tombstone"
 
 

@@ -40,20 +40,21 @@ class FeatureSink:
     refuse_with: str | None = None
     frames: list[FrameHeader] = field(default_factory=list)
     _tiles: dict[tuple[bytes, int], dict[int, torch.Tensor]] = field(default_factory=dict)
-    _payloads: dict[tuple[bytes, int, int], bytearray] = field(default_factory=dict)
+    _payloads: dict[tuple[bytes, int, int], memoryview] = field(default_factory=dict)
 
-    def place(self, header: FrameHeader, packed_header: Buffer) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
         if self.refuse_with is not None:
             raise FrameRejected(self.refuse_with, "as told")
         if not is_signed_by(packed_header, TICKET):
             raise FrameRejected("ticket", "not signed")
-        payload = bytearray(header.payload_bytes)
+        payload = memoryview(bytearray(header.payload_bytes) if memory is None else memory).cast("B")
         self._payloads[header.request_id, header.image_index, header.first_tile] = payload
-        return memoryview(payload)
+        return payload
 
-    def commit(self, header: FrameHeader) -> None:
+    def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
         payload = self._payloads.pop((header.request_id, header.image_index, header.first_tile))
-        if checksum(payload) != header.payload_crc32c:
+        assert payload is memory
+        if payload_crc32c != header.payload_crc32c or checksum(payload) != payload_crc32c:
             raise FrameRejected("checksum", "damaged")
         rows = torch.frombuffer(payload, dtype=_TORCH_DTYPE[header.dtype]).view(header.num_tokens, header.hidden_size)
         tiles = self._tiles.setdefault((header.request_id, header.image_index), {})

@@ -59,9 +59,9 @@ class MemorySink:
     on_place: Callable[[], None] = lambda: None
     ready: dict[Key, bytes] = field(default_factory=dict)
     num_placed: int = 0
-    _open: dict[Key, bytearray] = field(default_factory=dict)
+    _open: dict[Key, memoryview] = field(default_factory=dict)
 
-    def place(self, header: FrameHeader, packed_header: Buffer) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
         self.num_placed += 1
         self.on_place()
         if header.request_id == self.crash_on:
@@ -74,11 +74,16 @@ class MemorySink:
             raise FrameRejected("ticket", "not signed with ours")
         if key(header) in self.ready:
             raise FrameRejected("duplicate", "was here before")
-        return memoryview(self._open.setdefault(key(header), bytearray(header.payload_bytes)))
+        self._open[key(header)] = memoryview(memory if memory is not None else bytearray(header.payload_bytes)).cast(
+            "B"
+        )
+        return self._open[key(header)]
 
-    def commit(self, header: FrameHeader) -> None:
+    def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
         payload = self._open.pop(key(header))
-        if checksum(payload) != header.payload_crc32c:
+        assert payload is memory
+        assert checksum(payload) == payload_crc32c
+        if payload_crc32c != header.payload_crc32c:
             raise FrameRejected("checksum", "payload changed on its way")
         self.ready[key(header)] = bytes(payload)
 
