@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
 
-.PHONY: install protos check test demo bench soak gpu-check bad-images clean
+.PHONY: install protos check test demo bench soak chaos gpu-check bad-images clean
 
 install: $(STAMP)
 
@@ -36,6 +36,7 @@ BENCH_MODEL ?= nano
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks latency --results benchmarks/results
 	$(BIN)/python -m benchmarks overhead --results benchmarks/results
+	$(BIN)/python -m benchmarks transport --results benchmarks/results
 	$(BIN)/python -m benchmarks compare --model $(BENCH_MODEL) --results benchmarks/results \
 	  $(if $(VLLM),--systems dvd$(comma)colocated$(comma)vllm --vllm $(VLLM))
 	$(BIN)/dvd bench table18 $(BENCH_MODEL) --results benchmarks/results
@@ -44,6 +45,12 @@ bench: $(STAMP)
 # Ten thousand random requests: every one must end, nothing may be left.
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks soak --results benchmarks/results
+
+# Random faults under load, for an hour. The same seed is the same schedule.
+CHAOS_SECONDS ?= 3600
+CHAOS_SEED ?= 1
+chaos: $(STAMP)
+	$(BIN)/python -m tests.faults.chaos --seconds $(CHAOS_SECONDS) --seed $(CHAOS_SEED)
 
 # What only a GPU can show: exit status 1 where it computes something else than it should.
 gpu-check: $(STAMP)

@@ -16,9 +16,12 @@ BENCHMARKS: Final = (
     "gpu_shapes",
     "latency",
     "overhead",
+    "overlap",
+    "overload",
     "page",
     "quantization",
     "soak",
+    "transport",
     "vision",
 )
 """Modules of this package, each with a ``main(argv)``."""

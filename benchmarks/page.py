@@ -120,10 +120,27 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> Table:
     return Table("Cases", [name.replace("_", " ") for name in names], rows)
 
 
+def _transports(record: Mapping[str, Any]) -> Iterator[Table]:
+    ratios = ("of_raw_socket", "of_memcpy", "of_bare_zmq")
+    rows = [
+        [
+            case["message"],
+            case["subject"],
+            number(case["gb_per_s"]),
+            number(case["microseconds"]),
+            *(NONE if case[ratio] is None else f"{case[ratio]:.2f}" for ratio in ratios),
+        ]
+        for case in record["figures"]
+    ]
+    columns = ["message", "subject", "GB/s", "µs each", *(ratio.replace("_", " ") for ratio in ratios)]
+    yield Table("Features on their way", columns, rows, num_labels=2)
+
+
 _KINDS: Final[Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]]] = {
     "runs": _compared,
     "layouts": _table18,
     "summaries": _served,
+    "of_raw_socket": _transports,
     "figures": _flat,
 }
 

@@ -41,7 +41,7 @@ _OPTIONAL: Final = {
     "bitsandbytes": "language weights in 8 bits",
     "flash_attn": "fast attention on CUDA",
     "triton": "paged attention on CUDA, comes with torch",
-    "nixl": "RDMA between machines",
+    "nixl_cu13": "RDMA between machines",
     "ray": "clusters",
 }
 

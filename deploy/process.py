@@ -11,7 +11,7 @@ import threading
 import tty
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -36,13 +36,16 @@ _PIECE_END = re.compile(r"(?<=[\r\n])")
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to start, and how. ``cores`` empty: all."""
+    """What to start, and how. ``cores`` empty: all. ``environ``: variables for this program alone, ``DVD_*`` included.
+    ``prefix``: words before the command, of a program that becomes it (``nsenter``)."""
 
     name: str
     module: str
     args: Sequence[str]
     announce: Path
     cores: Sequence[int] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)
+    prefix: Sequence[str] = ()
 
 
 class ServerProcess:
@@ -58,11 +61,11 @@ class ServerProcess:
         reader, writer = _stderr_pair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.launch", *_launch_arguments(spec)],
+                [*spec.prefix, sys.executable, "-m", "deploy.launch", *_launch_arguments(spec)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # a router says "ready at" there; its parent says it for all
                 stderr=writer,
-                env=_environment(),
+                env={**_environment(), **spec.environ},
                 # Ctrl-C on the terminal reaches the parent only, which stops the servers in their order.
                 # A group, not a session: Linux weighs priorities between sessions only as wholes (autogroup), so a nice
                 # vision server in a session of its own would get as much of a busy core as the language server.

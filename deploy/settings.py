@@ -26,7 +26,7 @@ EMBEDDED: Final = {name: Path(__file__).parent / name for name in (NANO, "nano-f
 PLACED: Final = frozenset(
     {
         *("config", "dump_config", "announce", "name", "listen", "feature_listen", "uds", "vision", "language"),
-        *("model", "served_model_name", "nice"),
+        *("model", "served_model_name", "nice", "feature_advertise"),
     }
 )
 # What divides the two tiers: senseless where they are one.

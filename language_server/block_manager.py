@@ -70,10 +70,11 @@ class BlockManager:
         self.free(sequence)
 
     def find_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks of the longest cached prefix. At least one token is left to compute, because its logits are needed."""
-        blocks: list[int] = []
+        """Blocks of the longest cached prefix, those first that are held for it. At least one token is left to compute,
+        because its logits are needed."""
+        blocks = [] if sequence.holder is None else list(sequence.holder.block_table)
         if self.enable_prefix_caching:
-            for index in range((sequence.num_tokens - 1) // self.block_size):
+            for index in range(len(blocks), (sequence.num_tokens - 1) // self.block_size):
                 block = self._block_of.get(self._block_hash(sequence, index))
                 if block is None:
                     break

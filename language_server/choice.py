@@ -28,6 +28,7 @@ class Choice:
         self.index = index
         self.sequence = sequence
         self.num_tokens = 0
+        self.num_replayed = 0  # of these, made by a server that was lost
         self.num_reasoning_tokens = 0  # tags included
         self.started: float | None = None
         self.first_token: float | None = None
@@ -38,19 +39,21 @@ class Choice:
         self._tokenizer = tokenizer
 
     def replay(self, eos_token_ids: Collection[int]) -> FinishReason | None:
-        """Bring the text to where a lost server left it; says why the reply had ended, if it had."""
-        sampling, constraint = self.sequence.sampling, self.sequence.constraint
+        """Bring the text to where a lost server left it; says why the reply had ended, if it had.
+
+        What the client has is dropped; what these tokens hold back comes with the next one, or with ``flush``.
+        """
         for token_id in self.sequence.output_token_ids:
-            self.num_tokens += 1
-            is_eos = token_id in eos_token_ids and not sampling.ignore_eos
-            if is_eos or token_id in sampling.stop_token_ids:
+            self.num_tokens = self.num_replayed = self.num_tokens + 1
+            if self._is_stop_token(token_id, eos_token_ids):
                 return "stop"
             _, _, has_stopped = self._push(token_id)
             if has_stopped:
                 return "stop"
+        constraint = self.sequence.constraint
         if constraint is not None and constraint.is_finished:
             return "stop"
-        return "length" if self.num_tokens >= sampling.max_tokens else None
+        return "length" if self.num_tokens >= self.sequence.sampling.max_tokens else None
 
     def take(self, output: StepOutput) -> tuple[Token | None, FinishReason | None]:
         """What the engine's output means for the client: a token, the end, or both."""
@@ -73,6 +76,12 @@ class Choice:
         reasoning, text = self._splitter.push(self._detokenizer.flush())
         last_reasoning, last_text = self._splitter.flush()
         return reasoning + last_reasoning, text + last_text
+
+    def _is_stop_token(self, token_id: int, eos_token_ids: Collection[int]) -> bool:
+        """As in the engine: behind the end of a grammar there is nothing to ignore it for."""
+        sampling = self.sequence.sampling
+        ignores_eos = sampling.ignore_eos and self.sequence.constraint is None
+        return token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not ignores_eos)
 
     def _push(self, token_id: int) -> tuple[str, str, bool]:
         """Reasoning and text of a token, and whether a stop string was found; those count in both, as in vLLM."""

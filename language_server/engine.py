@@ -186,11 +186,24 @@ class LanguageEngine:
         self._sequences[sequence.seq_id] = sequence
         self._scheduler.add(sequence)
 
+    def hold(self, holder: Sequence) -> int:
+        """Keep the KV of the images that a prompt begins with, as far as it lies in the prefix cache, until ``holder``,
+        which itself never runs, is aborted. Its request's sequences name it. Returns how many tokens are kept."""
+        holder.max_num_tokens = min(holder.max_num_tokens, self.max_model_len)
+        return self._scheduler.hold(holder)
+
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Of its prompt, at this moment; it may change with the next step. May be called from any thread, unlike the
+        rest: it reads one entry after the other."""
+        return len(self._scheduler.blocks.find_prefix(sequence)) * self.block_size
+
     def abort(self, seq_id: int) -> None:
         """Forget a sequence and free what it holds. Nothing happens if it has ended already."""
         sequence = self._sequences.get(seq_id)
         if sequence is not None:
             self._leave(sequence)
+        else:
+            self._scheduler.drop_hold(seq_id)
 
     def has_work(self) -> bool:
         """Whether ``step`` could do something, now or once features have arrived."""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Protocol, TypeVar
 
-from common.service import metrics
+from common.service import failpoints, metrics
 from common.service.errors import DvdError, Overloaded, Unavailable
 from language_server.decode_threads import DecodeThreads
 from language_server.engine import EngineStats, LanguageEngine, StepOutput
@@ -75,9 +75,11 @@ class EngineThread:
         self._decode_threads: DecodeThreads | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._sinks: dict[int, SequenceSink] = {}
-        self._wake = threading.Condition()  # guards the five fields below
+        self._asked: set[asyncio.Future[int]] = set()  # not answered
+        self._wake = threading.Condition()  # guards the six fields below
         self._added: deque[Sequence] = deque()
         self._aborted: deque[tuple[Items[int], Callable[[], None]]] = deque()
+        self._to_hold: deque[tuple[Sequence, asyncio.Future[int]]] = deque()
         self._may_have_work = False
         self._is_stopping = False
         self._num_steps_ahead = 0
@@ -138,6 +140,31 @@ class EngineThread:
             self._added.extend(sequences)
             self._wake.notify()
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of KV that are found again together."""
+        return self._engine.block_size
+
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Of its prompt, at this moment; a look from outside, which waits for no step."""
+        return self._engine.num_cached_tokens(sequence)
+
+    async def hold(self, holder: Sequence) -> int:
+        """See ``LanguageEngine.hold``; waits for the step that runs. ``abort`` ends it, also if this was cancelled.
+
+        Raises:
+            Unavailable: the engine has died.
+        """
+        if self.ended is None or self.ended.done():
+            raise _died()
+        num_tokens: asyncio.Future[int] = self._loop.create_future()
+        self._asked.add(num_tokens)
+        num_tokens.add_done_callback(self._asked.discard)
+        with self._wake:
+            self._to_hold.append((holder, num_tokens))
+            self._wake.notify()
+        return await num_tokens
+
     def abort(self, seq_ids: Items[int], on_done: Callable[[], None] = lambda: None) -> None:
         """Take sequences out, finished or not. ``on_done`` is called once the engine has let go of them."""
         for seq_id in seq_ids:
@@ -183,6 +210,9 @@ class EngineThread:
             aborted = list(self._aborted)
         for _seq_ids, on_done in aborted:
             on_done()
+        for asked in list(self._asked):
+            if not asked.done():
+                asked.set_exception(_died())
 
     # --- in the thread
 
@@ -192,6 +222,8 @@ class EngineThread:
                 self._take_commands()
                 self._choose_threads()
                 started = time.monotonic()
+                if failpoints.ARE_ON:
+                    failpoints.hit("language.step")
                 outputs = self._engine.step(self._pace.limits)
                 ended = time.monotonic()
             self._publish(started, ended, outputs)
@@ -216,7 +248,10 @@ class EngineThread:
         with self._wake:
             added, self._added = self._added, deque()
             aborted, self._aborted = self._aborted, deque()
+            to_hold, self._to_hold = self._to_hold, deque()
             self._may_have_work = False
+        for holder, num_tokens in to_hold:
+            self._loop.call_soon_threadsafe(_answer, num_tokens, self._engine.hold(holder))
         for sequence in added:
             self._enter(sequence)
         for seq_ids, on_done in aborted:
@@ -226,7 +261,7 @@ class EngineThread:
             self._loop.call_soon_threadsafe(on_done)
 
     def _can_step(self) -> bool:
-        if self._added or self._aborted:
+        if self._added or self._aborted or self._to_hold:
             return True
         return self._num_steps_ahead < _MAX_STEPS_AHEAD and self._may_have_work
 
@@ -277,6 +312,11 @@ class EngineThread:
         for counter, value, before in zip(_COUNTERS, now, self._num_counted, strict=True):
             counter.inc(value - before)
         self._num_counted = now
+
+
+def _answer(asked: asyncio.Future[int], number: int) -> None:
+    if not asked.done():
+        asked.set_result(number)
 
 
 def _died() -> Unavailable:

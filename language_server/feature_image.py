@@ -8,14 +8,14 @@ import bisect
 import hashlib
 import itertools
 import struct
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
-from protos.frame import ITEM_SIZE, FeatureDtypeName, FrameHeader
+from common.service.errors import InternalError
+from protos.frame import ITEM_SIZE, FeatureDtypeName
 
 FLASH_COMPRESSION: Final = 4
 """A compressed tile of a Flash checkpoint has a quarter of the tokens."""
@@ -59,6 +59,14 @@ class FeatureLayout:
         return self.num_tiles(max_num_tokens) * min(self.tile_sizes)
 
 
+class ImageUser(Protocol):
+    """Who waits for an image, or reads it."""
+
+    def on_rows(self) -> None:
+        """Tiles of it became ready."""
+        ...
+
+
 class FeatureImage:
     """Rows of one image. Tiles may arrive in any order; the ready prefix is what the engine sees."""
 
@@ -67,10 +75,7 @@ class FeatureImage:
         self.num_bytes = key.max_num_tokens * layout.row_bytes  # the reservation; shrinks to what came
         self.num_tiles = layout.num_tiles(key.max_num_tokens)
         self._layout = layout
-        self.attempt = 0
-        self.num_users = 0
-        # Placed, not committed: rows, and the view of them that its writer has.
-        self.pending: OrderedDict[FrameHeader, tuple[torch.Tensor, memoryview]] = OrderedDict()
+        self.users: set[ImageUser] = set()
         self._tiles: list[torch.Tensor | None] = [None] * self.num_tiles
         self._prefix: list[torch.Tensor] = []  # tiles [tokens, hidden] from the first on without a gap
         self._prefix_starts: list[int] = []
@@ -94,13 +99,9 @@ class FeatureImage:
         return self.num_ready_tokens + num_open * min(self._layout.tile_sizes)
 
     @property
-    def rows_hash(self) -> bytes:
-        """Equal for images of which the same row is the same: row 64 of an image may begin its second tile, or not, if
-        it is encoded again elsewhere and a tile that was nearly compressed then is now."""
-        if not self._layout.is_flash:
-            return self.key.mm_hash
-        sizes = self.tile_tokens
-        return hashlib.blake2b(self.key.mm_hash + struct.pack(f"<{len(sizes)}I", *sizes), digest_size=32).digest()
+    def tile_hashes(self) -> list[bytes]:
+        """What names the rows of each tile in the prefix cache, of the tiles in ``tile_tokens``."""
+        return tile_hashes(self.key, self.tile_tokens, self._layout)
 
     def is_ready(self, tile: int) -> bool:
         return self._tiles[tile] is not None
@@ -125,3 +126,42 @@ class FeatureImage:
                 break
             pieces.append(tile[max(0, start - tile_start) : stop - tile_start])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class ComputedImage(FeatureImage):
+    """An image whose keys and values lie in the prefix cache and stay there as long as it is needed: nobody asks for
+    its rows. Takes no memory."""
+
+    def __init__(self, key: ImageKey, layout: FeatureLayout, tile_tokens: Sequence[int]) -> None:
+        super().__init__(key, layout)
+        self.num_bytes = 0
+        self.num_ready_tokens = sum(tile_tokens)
+        self._tile_tokens = list(tile_tokens)
+
+    @property
+    def is_complete(self) -> bool:
+        return True
+
+    @property
+    def tile_tokens(self) -> list[int]:
+        return self._tile_tokens
+
+    @property
+    def min_num_tokens(self) -> int:
+        return self.num_ready_tokens
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        raise InternalError("rows were asked for of an image that was computed before")
+
+
+def tile_hashes(key: ImageKey, tile_tokens: Sequence[int], layout: FeatureLayout) -> list[bytes]:
+    """Of the first tiles of an image, which have these sizes. Equal where the tile and all before it are the same: row
+    64 of an image may begin its second tile, or not, if it is encoded again elsewhere and a tile that was nearly
+    compressed then is now."""
+    if not layout.is_flash:
+        return [key.mm_hash] * len(tile_tokens)
+    hashes, last = [], key.mm_hash
+    for size in tile_tokens:
+        last = hashlib.blake2b(last + struct.pack("<I", size), digest_size=32).digest()
+        hashes.append(last)
+    return hashes

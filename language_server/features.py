@@ -4,6 +4,9 @@ A request reserves the space of all its missing images at once or waits in line,
 of what they need. Frames are written into memory of their own, and only a frame that passed every check is linked to
 its image: a tile that is ready is never written again, and a late writer writes into memory nobody reads.
 
+Requests for one image share its space while it is on its way, and whatever comes for one of them serves all. Each has
+a ticket of its own, because the others may be cancelled, and the encoding that was asked for in their name with them.
+
 Everything but ``num_ready_tokens`` and ``rows`` belongs to the event loop. Those two are called by the engine thread
 and read only what is appended in an order that keeps them right: rows first, then the count. The caller releases a
 lease only after the engine has let go of its sequences.
@@ -14,9 +17,9 @@ import hmac
 import secrets
 import struct
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -24,7 +27,8 @@ from typing_extensions import Buffer
 
 from common.service import metrics
 from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded
-from language_server.feature_image import FeatureImage, FeatureLayout, ImageKey
+from language_server.feature_image import ComputedImage, FeatureImage, FeatureLayout, ImageKey
+from language_server.reservation import Delivery, Lease, LeaseState, tiles_of
 from protos.frame import MAX_TILES, FeatureDtypeName, FrameHeader, FrameRejected, is_signed_by
 
 TORCH_DTYPES: Final[Mapping[FeatureDtypeName, torch.dtype]] = {
@@ -33,72 +37,11 @@ TORCH_DTYPES: Final[Mapping[FeatureDtypeName, torch.dtype]] = {
 }
 MAX_TOMBSTONES: Final = 8192
 TOMBSTONE_SECONDS: Final = 120.0
+MAX_REMEMBERED_SIZES: Final = 8192
+"""Images of which it is known what became of their tiles, after they themselves were dropped."""
+NOTHING_COMPUTED: Final[Mapping[int, Sequence[int]]] = {}
 MAX_FINITE_SAMPLES: Final = 4096
 """Values of a frame that are looked at for NaN and infinity."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ticket:
-    key: bytes
-    expires: float
-
-
-@dataclass(eq=False, slots=True)
-class Lease:
-    """One request's hold on feature memory, from ``FeatureStore.reserve`` to ``release``."""
-
-    request_id: bytes
-    tickets: dict[int, _Ticket]  # by index of the images still to be delivered
-    _images: list[FeatureImage]
-    _store: "FeatureStore"
-    _progress: asyncio.Event = field(default_factory=asyncio.Event)
-    is_released: bool = False
-
-    @property
-    def missing(self) -> dict[int, bytes]:
-        """Ticket of each image that must still be delivered, by image index."""
-        return {index: ticket.key for index, ticket in self.tickets.items()}
-
-    @property
-    def is_complete(self) -> bool:
-        return all(image.is_complete for image in self._images)
-
-    @property
-    def awaited(self) -> set[int]:
-        """Indices of the images that are not complete."""
-        return {index for index, image in enumerate(self._images) if not image.is_complete}
-
-    @property
-    def tile_tokens(self) -> list[list[int]]:
-        """Rows of each tile of each image, as far as they are known: see ``FeatureImage.tile_tokens``."""
-        return [image.tile_tokens for image in self._images]
-
-    @property
-    def rows_hashes(self) -> list[bytes]:
-        """What names the rows of each image in the prefix cache."""
-        return [image.rows_hash for image in self._images]
-
-    @property
-    def min_num_tokens(self) -> int:
-        """Rows that all images will have at least."""
-        return sum(image.min_num_tokens for image in self._images)
-
-    async def wait_complete(self, timeout: float) -> None:
-        """Wait until every image is here.
-
-        Raises:
-            DeadlineExceeded: nothing arrived for ``timeout`` seconds.
-        """
-        while not self.is_complete:
-            self._progress.clear()
-            try:
-                await asyncio.wait_for(self._progress.wait(), timeout)
-            except TimeoutError:
-                raise DeadlineExceeded("the features of an image did not arrive in time") from None
-
-    def release(self) -> None:
-        """Give the memory back. Late frames meet a tombstone. Safe to call twice."""
-        self._store.release(self)
 
 
 @dataclass(eq=False, slots=True)
@@ -137,11 +80,14 @@ class FeatureStore:
         self._leases: dict[bytes, Lease] = {}
         self._waiting: deque[_Waiter] = deque()
         self._tombstones: OrderedDict[bytes, float] = OrderedDict()
-        # Complete images by key, least recently used first: in use, or kept while there is room.
-        self._resident: OrderedDict[ImageKey, FeatureImage] = OrderedDict()
+        # In use, or complete and kept while there is room; least recently used first.
+        self._images: OrderedDict[ImageKey, FeatureImage] = OrderedDict()
+        self._sizes: OrderedDict[ImageKey, Sequence[int]] = OrderedDict()  # where tiles can have several
+        self._num_leases: Counter[LeaseState] = Counter()  # of those that have reserved anything
         self.reserved_bytes = 0  # of images in use
         self.cached_bytes = 0  # of images kept for reuse only
         self.num_awaited = 0  # images in use that are not complete: vision servers work for us
+        self._export_metrics()
 
     # --- reservations (event loop)
 
@@ -154,6 +100,40 @@ class FeatureStore:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def has(self, key: ImageKey) -> bool:
+        """Whether the image is here, complete."""
+        image = self._images.get(key)
+        return image is not None and image.is_complete
+
+    def known_tiles(self, key: ImageKey) -> Sequence[int] | None:
+        """Rows of each tile, where that is known without the image: always, or of images that were here before."""
+        if self.layout.is_flash:
+            return self._sizes.get(key)
+        return [self.layout.tokens_per_tile] * self.layout.num_tiles(key.max_num_tokens)
+
+    def try_reserve(
+        self,
+        request_id: bytes,
+        keys: Sequence[ImageKey],
+        *,
+        lifetime: float,
+        computed: Mapping[int, Sequence[int]] = NOTHING_COMPUTED,
+    ) -> Lease | None:
+        """Space for all images that are not resident, if no request waits for any; None: it has to wait in line.
+
+        Args:
+            lifetime: seconds from now for which the tickets are good.
+            computed: rows of each tile of the images, by index, that need no space because their KV is held.
+
+        Raises:
+            InvalidRequest: see ``reserve``.
+        """
+        self._check_new(request_id, keys)
+        needed = [key for index, key in enumerate(keys) if index not in computed]
+        if needed and (self._waiting or not self._fits(needed)):  # text never waits behind images
+            return None
+        return self._grant(request_id, keys, self._clock() + lifetime, computed)
+
     async def reserve(self, request_id: bytes, keys: Sequence[ImageKey], *, timeout: float, lifetime: float) -> Lease:
         """Space for all images that are not resident, all or nothing, first come first served.
 
@@ -165,15 +145,17 @@ class FeatureStore:
             Overloaded: too many requests wait already.
             DeadlineExceeded: no space in time.
         """
+        if (lease := self.try_reserve(request_id, keys, lifetime=lifetime)) is not None:
+            return lease
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded("too many requests wait for feature memory")
+        expires = self._clock() + lifetime
+        return await self._wait_in_line(_Waiter(request_id, keys, expires, asyncio.Future()), timeout)
+
+    def _check_new(self, request_id: bytes, keys: Sequence[ImageKey]) -> None:
         self.check(keys)
         if request_id in self._leases or any(waiter.request_id == request_id for waiter in self._waiting):
             raise InvalidRequest("the request id is in use", param="request_id")
-        expires = self._clock() + lifetime
-        if not keys or (not self._waiting and self._fits(keys)):  # text never waits behind images
-            return self._grant(request_id, keys, expires)
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded("too many requests wait for feature memory")
-        return await self._wait_in_line(_Waiter(request_id, keys, expires, asyncio.Future()), timeout)
 
     def check(self, keys: Sequence[ImageKey]) -> None:
         """Raises InvalidRequest for images that can never be held."""
@@ -194,18 +176,6 @@ class FeatureStore:
                 "the images need more feature memory than this server has", code="too_many_media_items"
             )
 
-    def release(self, lease: Lease) -> None:
-        """End of a request; see ``Lease.release``."""
-        if lease.is_released:
-            return
-        lease.is_released = True
-        del self._leases[lease.request_id]
-        self._bury(lease.request_id)
-        for image in lease._images:
-            self._drop_user(image)
-        self._grant_waiting()
-        self._export_metrics()
-
     def _num_bytes(self, keys: set[ImageKey]) -> int:
         return sum(key.max_num_tokens for key in keys) * self.layout.row_bytes
 
@@ -213,35 +183,66 @@ class FeatureStore:
         """Whether the request's images fit beside those in use, once nothing is kept only for reuse."""
         num_bytes = 0
         for key in set(keys):
-            resident = self._resident.get(key)
-            if resident is None:
+            image = self._images.get(key)
+            if image is None:
                 num_bytes += key.max_num_tokens * self.layout.row_bytes
-            elif not resident.num_users:
-                num_bytes += resident.num_bytes
+            elif not image.users:
+                num_bytes += image.num_bytes
         return self.reserved_bytes + num_bytes <= self._capacity_bytes
 
-    def _grant(self, request_id: bytes, keys: Sequence[ImageKey], expires: float) -> Lease:
-        images: dict[ImageKey, FeatureImage] = {}
-        tickets: dict[int, _Ticket] = {}
+    def _grant(
+        self,
+        request_id: bytes,
+        keys: Sequence[ImageKey],
+        expires: float,
+        computed: Mapping[int, Sequence[int]] = NOTHING_COMPUTED,
+    ) -> Lease:
+        images: list[FeatureImage] = []
+        deliveries: dict[int, Delivery] = {}
         for index, key in enumerate(keys):
-            if key not in images:
-                images[key] = self._resident.get(key) or FeatureImage(key, self.layout)
-                if images[key].is_complete:
-                    self._resident.move_to_end(key)
-                    metrics.LANGUAGE_FEATURES_REUSED.inc()
-                else:
-                    tickets[index] = self._sign(request_id, index, images[key].num_bytes, expires)
-        lease = Lease(request_id, tickets, [images[key] for key in keys], self)
-        for image in lease._images:
-            self._add_user(image)
+            if index in computed:
+                images.append(ComputedImage(key, self.layout, computed[index]))
+                metrics.LANGUAGE_FEATURES_REUSED.labels("kv").inc()
+                continue
+            is_new = self._images.get(key) not in images
+            if key not in self._images:
+                self._images[key] = FeatureImage(key, self.layout)
+            image = self._images[key]
+            images.append(image)
+            if is_new and image.is_complete:
+                self._images.move_to_end(key)
+                metrics.LANGUAGE_FEATURES_REUSED.labels("features").inc()
+            elif is_new:
+                ticket = self._sign(request_id, index, image.num_bytes, expires)
+                deliveries[index] = Delivery(ticket, [0] * image.num_tiles)
+        lease = Lease(request_id, images, deliveries, expires, self._on_lease_change, self._clock)
+        for image in set(images):
+            self._add_user(image, lease)
         self._evict()
         self._leases[request_id] = lease
+        self._num_leases[lease.state] += lease.is_reservation
         self._export_metrics()
         return lease
 
-    def _sign(self, request_id: bytes, image_index: int, num_bytes: int, expires: float) -> _Ticket:
+    def _sign(self, request_id: bytes, image_index: int, num_bytes: int, expires: float) -> bytes:
         message = request_id + struct.pack("<IQd", image_index, num_bytes, expires)
-        return _Ticket(hmac.digest(self._secret, message, "sha256"), expires)
+        return hmac.digest(self._secret, message, "sha256")
+
+    def _on_lease_change(self, lease: Lease, before: LeaseState) -> None:
+        self._num_leases[before] -= lease.is_reservation
+        self._num_leases[lease.state] += lease.is_reservation
+        if lease.state is LeaseState.EXPIRED:
+            metrics.TRANSFER_RESERVATIONS_EXPIRED.inc()
+        elif lease.state is LeaseState.RELEASED:
+            self._take_back(lease)
+        self._export_metrics()
+
+    def _take_back(self, lease: Lease) -> None:
+        del self._leases[lease.request_id]
+        self._bury(lease.request_id)
+        for image in set(lease.images):
+            self._drop_user(image, lease)
+        self._grant_waiting()
 
     async def _wait_in_line(self, waiter: _Waiter, timeout: float) -> Lease:
         self._waiting.append(waiter)
@@ -264,7 +265,7 @@ class FeatureStore:
             self._grant_waiting()
             self._export_metrics()
         elif waiter.granted.done() and not waiter.granted.cancelled():
-            self.release(waiter.granted.result())
+            waiter.granted.result().release()
 
     def _grant_waiting(self) -> None:
         while self._waiting and self._fits(self._waiting[0].keys):
@@ -274,32 +275,34 @@ class FeatureStore:
 
     # --- memory
 
-    def _add_user(self, image: FeatureImage) -> None:
-        image.num_users += 1
-        if image.num_users == 1:
+    def _add_user(self, image: FeatureImage, lease: Lease) -> None:
+        if not image.users:
             self.reserved_bytes += image.num_bytes
             if image.is_complete:
                 self.cached_bytes -= image.num_bytes
             else:
                 self.num_awaited += 1
+        image.users.add(lease)
 
-    def _drop_user(self, image: FeatureImage) -> None:
-        image.num_users -= 1
-        if image.num_users:
+    def _drop_user(self, image: FeatureImage, lease: Lease) -> None:
+        image.users.remove(lease)
+        if image.users:
             return
         self.reserved_bytes -= image.num_bytes
-        if not image.is_complete:
-            self.num_awaited -= 1
-        if self._resident.get(image.key) is image:
+        if image.is_complete:
             self.cached_bytes += image.num_bytes
+        else:
+            self.num_awaited -= 1
+            del self._images[image.key]
 
     def _evict(self) -> None:
         """Drop cached images, least recently used first, until everything fits."""
-        idle = [image for image in self._resident.values() if not image.num_users]
-        for image in idle:
+        if self.reserved_bytes + self.cached_bytes <= self._capacity_bytes:
+            return
+        for image in [image for image in self._images.values() if not image.users]:
             if self.reserved_bytes + self.cached_bytes <= self._capacity_bytes:
                 return
-            del self._resident[image.key]
+            del self._images[image.key]
             self.cached_bytes -= image.num_bytes
 
     def _bury(self, request_id: bytes) -> None:
@@ -312,10 +315,9 @@ class FeatureStore:
             del self._tombstones[oldest]
 
     def _export_metrics(self) -> None:
-        is_complete = [lease.is_complete for lease in self._leases.values() if lease._images]
-        metrics.TRANSFER_RESERVATIONS.labels("ready").set(sum(is_complete))
-        metrics.TRANSFER_RESERVATIONS.labels("writing").set(len(is_complete) - sum(is_complete))
         metrics.TRANSFER_RESERVATIONS.labels("waiting").set(len(self._waiting))
+        for state in (LeaseState.WRITING, LeaseState.READY, LeaseState.EXPIRED):
+            metrics.TRANSFER_RESERVATIONS.labels(state.value).set(self._num_leases[state])
         metrics.TRANSFER_POOL_BYTES.labels("reserved").set(self.reserved_bytes)
         metrics.TRANSFER_POOL_BYTES.labels("cached").set(self.cached_bytes)
         metrics.TRANSFER_POOL_BYTES.labels("free").set(self.free_bytes - self.cached_bytes)
@@ -328,36 +330,38 @@ class FeatureStore:
         if header.fingerprint != self.layout.fingerprint:
             raise FrameRejected("fingerprint", "features of another checkpoint")
         lease = self._find_lease(header.request_id)
-        ticket = lease.tickets.get(header.image_index)
-        if ticket is None or not is_signed_by(packed_header, ticket.key) or self._clock() > ticket.expires:
+        image, delivery = _find_delivery(lease, header)
+        if not is_signed_by(packed_header, delivery.ticket) or self._clock() > lease.expires:
             raise FrameRejected("ticket", f"no valid ticket for image {header.image_index}")
-        image = lease._images[header.image_index]
-        self._check_attempt(header, image)
+        self._check_attempt(header, image, delivery)
         self._check_shape(header, image)
         rows = _make_rows(header, memory)
         view = _bytes_of(rows)
-        image.attempt = header.attempt
-        image.pending[header] = rows, view
-        self._bound_pending(image)
+        delivery.begin(header, rows, view)
+        delivery.bound(2 * image.num_bytes)
         return view
 
     def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
         """Check a written frame and make its tiles ready; see ``FrameSink.commit``."""
         lease = self._find_lease(header.request_id)
-        image = lease._images[header.image_index]
-        rows, view = image.pending.get(header, (None, None))
+        image, delivery = _find_delivery(lease, header)
+        rows, view = delivery.pending.get(header, (None, None))
         if rows is None or view is not memory:
-            self._check_attempt(header, image)
+            self._check_attempt(header, image, delivery)
             raise FrameRejected("stale", "another writer took its place")
-        del image.pending[header]
+        del delivery.pending[header]
+        _check_wanted(header, image)
         if payload_crc32c != header.payload_crc32c:
             raise FrameRejected("checksum", "the payload was damaged on its way")
         if not _is_finite(rows):
             raise FrameRejected("nonfinite", "NaN or infinity among the features")
+        was_complete = image.is_complete
         image.link(header.first_tile, torch.split(rows, list(header.tokens_per_tile)))
-        if image.is_complete:
+        if image.is_complete and not was_complete:
             self._settle(image)
-        lease._progress.set()
+        for user in image.users:
+            user.on_rows()
+        self._grant_waiting()
         self._export_metrics()
         self._on_ready()
 
@@ -366,16 +370,17 @@ class FeatureStore:
         if lease is None:
             reason = "tombstone" if request_id in self._tombstones else "unknown_request"
             raise FrameRejected(reason, "no such request")
+        if lease.state is LeaseState.EXPIRED:
+            raise FrameRejected("tombstone", "the request waits no longer")
         return lease
 
-    def _check_attempt(self, header: FrameHeader, image: FeatureImage) -> None:
-        tiles = range(header.first_tile, header.first_tile + len(header.tokens_per_tile))
+    def _check_attempt(self, header: FrameHeader, image: FeatureImage, delivery: Delivery) -> None:
+        tiles = tiles_of(header)
         if header.num_image_tiles != image.num_tiles:
             raise FrameRejected("shape", f"{header.num_image_tiles} tiles, expected {image.num_tiles}")
-        if all(image.is_ready(tile) for tile in tiles):
-            raise FrameRejected("duplicate", "these tiles are ready")
-        if header.attempt < image.attempt:
-            raise FrameRejected("stale", f"attempt {header.attempt} after {image.attempt}")
+        _check_wanted(header, image)
+        if header.attempt < (highest := delivery.highest_attempt(tiles)):
+            raise FrameRejected("stale", f"attempt {header.attempt} after {highest}")
 
     def _check_shape(self, header: FrameHeader, image: FeatureImage) -> None:
         layout = self.layout
@@ -388,30 +393,40 @@ class FeatureStore:
         if header.payload_bytes > image.num_bytes:
             raise FrameRejected("size", f"{header.payload_bytes} bytes, {image.num_bytes} reserved")
 
-    def _bound_pending(self, image: FeatureImage) -> None:
-        """Forget the oldest unfinished frames of an image beyond twice its reservation: their writers have died."""
-        while sum(header.payload_bytes for header in image.pending) > 2 * image.num_bytes:
-            image.pending.popitem(last=False)
-
     def _settle(self, image: FeatureImage) -> None:
-        """A complete image takes its true size and can serve other requests."""
-        image.pending.clear()
+        """A complete image takes its true size."""
         self.num_awaited -= 1
         true_bytes = image.num_ready_tokens * self.layout.row_bytes
         self.reserved_bytes -= image.num_bytes - true_bytes
         image.num_bytes = true_bytes
-        self._resident.setdefault(image.key, image)
-        self._grant_waiting()
+        self._images.move_to_end(image.key)
+        if self.layout.is_flash:
+            self._sizes[image.key] = image.tile_tokens
+            self._sizes.move_to_end(image.key)
+            if len(self._sizes) > MAX_REMEMBERED_SIZES:
+                self._sizes.popitem(last=False)
 
     # --- ImageEmbedsSource (engine thread)
 
     def num_ready_tokens(self, request_id: bytes, image_index: int) -> int:
         """Rows of an image that are here without a gap from the first on."""
-        return self._leases[request_id]._images[image_index].num_ready_tokens
+        return self._leases[request_id].images[image_index].num_ready_tokens
 
     def rows(self, request_id: bytes, image_index: int, start: int, stop: int) -> torch.Tensor:
         """Ready rows ``[stop - start, hidden]`` of an image, in wire dtype."""
-        return self._leases[request_id]._images[image_index].rows(start, stop)
+        return self._leases[request_id].images[image_index].rows(start, stop)
+
+
+def _find_delivery(lease: Lease, header: FrameHeader) -> tuple[FeatureImage, Delivery]:
+    delivery = lease.deliveries.get(header.image_index)
+    if delivery is None:
+        raise FrameRejected("ticket", f"image {header.image_index} was not asked for")
+    return lease.images[header.image_index], delivery
+
+
+def _check_wanted(header: FrameHeader, image: FeatureImage) -> None:
+    if all(image.is_ready(tile) for tile in tiles_of(header)):
+        raise FrameRejected("duplicate", "these tiles are ready")
 
 
 def _make_rows(header: FrameHeader, memory: Buffer | None) -> torch.Tensor:

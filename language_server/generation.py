@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -22,13 +22,22 @@ from language_server.detokenizer import IncrementalDetokenizer
 from language_server.engine import StepOutput
 from language_server.engine_thread import EngineThread
 from language_server.feature_image import ImageKey
-from language_server.features import FeatureStore, Lease
+from language_server.features import FeatureStore
 from language_server.grammar import GrammarCompiler, GrammarState
 from language_server.prelude import make_prelude
 from language_server.prompt import Prompt, PromptBuilder
 from language_server.prompt_size import PromptSize
 from language_server.reasoning import ReasoningSplitter
-from language_server.request import check_context, check_request, for_each_choice, sampling_params
+from language_server.request import (
+    Continuations,
+    check_context,
+    check_request,
+    for_each_choice,
+    open_choices,
+    sampling_params,
+)
+from language_server.reservation import Lease
+from language_server.residency import look_up
 from language_server.sequence import FinishReason, Sequence
 from language_server.tokenizer import Tokenizer
 from protos.language_pb2 import (
@@ -46,6 +55,8 @@ _INLINE_CHARS: Final = 4096
 """Longer texts are tokenised in another thread, so that they do not hold up everybody's tokens."""
 _BLOCK_CHARS: Final = 50
 """A block of images takes as long as so much text: each frame of a video has one."""
+_INLINE_TOKENS: Final = 1024
+"""Likewise, of replies that a lost server had begun."""
 _COMPILE_SECONDS: Final = 10.0
 """The worst schema found takes three, a usual one some milliseconds."""
 
@@ -69,6 +80,7 @@ class Backend:
     max_model_len: int  # tokens
     block_size: int  # tokens
     max_choices: int
+    streams_prefill: bool  # else a prompt waits for all of its images
     max_stream_events: int
     feature_timeout: float  # seconds
     seq_ids: Iterator[int]
@@ -88,7 +100,8 @@ class Generation:
         self._lease: Lease | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._prelude: Sequence | None = None
-        self._grammar: GrammarState | None = None
+        self._holder: Sequence | None = None  # of KV of images that need no features
+        self._grammars: dict[int, GrammarState] = {}  # by choice; empty: free text
         self._choices: dict[int, Choice] = {}  # by seq_id
         self._inbox: deque[StepOutput] = deque()
         self._failure: DvdError | None = None
@@ -97,7 +110,7 @@ class Generation:
         self._size = PromptSize()
 
     async def events(self) -> AsyncIterator[GenerateEvent]:
-        """One Admitted, then Tokens, then one Finished per choice.
+        """One Admitted, then Tokens, then one Finished per choice that had none on another server.
 
         Raises:
             InvalidRequest: the request cannot be served as it is.
@@ -106,20 +119,26 @@ class Generation:
             Unavailable: the engine has died.
         """
         request, backend, layout = self._request, self._backend, self._backend.features.layout
-        check_request(request, vocab_size=backend.vocab_size, max_choices=backend.max_choices)
-        backend.engine.check_room(request.sampling.n)
+        check_request(
+            request,
+            vocab_size=backend.vocab_size,
+            max_choices=backend.max_choices,
+            max_model_len=backend.max_model_len,
+        )
+        continuations = open_choices(request)
+        backend.engine.check_room(len(continuations))
         keys = [ImageKey(image.mm_hash, image.max_num_tokens) for image in request.images]
         backend.features.check(keys)
         prompt = await self._tokenise()
         self._check_context(prompt, sum(layout.min_num_tokens(key.max_num_tokens) for key in keys))
-        self._grammar = await self._compile_grammar()
-        lease = await self._reserve(keys)
+        self._grammars = await self._compile_grammar(continuations)
+        lease = await self._reserve(prompt, keys)
         self._check_context(prompt, lease.min_num_tokens)
         yield GenerateEvent(admitted=self._admission(prompt, lease))
-        if layout.is_flash and not lease.is_complete:
-            await self._learn_length(prompt, lease)
-        for choice in self._prepare(prompt, lease):
-            if (finish_reason := choice.replay(backend.eos_token_ids)) is not None:
+        if not lease.is_complete and (layout.is_flash or not backend.streams_prefill):
+            await self._wait_for_features(prompt, lease)
+        for choice, finish_reason in await self._replay(self._prepare(prompt, lease, continuations)):
+            if finish_reason is not None:
                 yield self._finish(choice, finish_reason)
         self._start()
         while not all(choice.is_finished for choice in self._choices.values()):
@@ -154,15 +173,15 @@ class Generation:
         num_tokens = prompt.num_text_tokens + num_rows
         check_context(num_tokens, self._backend.max_model_len, may_be_longer=is_flash and num_rows > 0)
 
-    async def _compile_grammar(self) -> GrammarState | None:
-        """Where the reply's grammar begins, or goes on where a lost server left it; None: free text."""
+    async def _compile_grammar(self, continuations: Continuations) -> dict[int, GrammarState]:
+        """Where each choice is in the reply's grammar: at its beginning, or where a lost server left it."""
         if not self._request.sampling.HasField("grammar"):
-            return None
+            return {}
         has_begun = threading.Event()
 
-        def compile_it() -> GrammarState:
+        def compile_it() -> dict[int, GrammarState]:
             has_begun.set()
-            return self._enter_grammar()
+            return self._enter_grammar(continuations)
 
         compiling = asyncio.get_running_loop().run_in_executor(self._backend.compiling, compile_it)
         try:
@@ -175,21 +194,52 @@ class Generation:
             message = "the grammar takes too long to compile"
             raise InvalidRequest(message, param=self._request.sampling.grammar.param) from None
 
-    def _enter_grammar(self) -> GrammarState:
-        state = self._backend.grammars.compile(self._request.sampling.grammar)
-        state.replay(self._request.output_token_ids)
-        return state
+    def _enter_grammar(self, continuations: Continuations) -> dict[int, GrammarState]:
+        beginning = self._backend.grammars.compile(self._request.sampling.grammar)
+        states = {choice: beginning.copy() for choice in continuations}
+        for choice, token_ids in continuations.items():
+            states[choice].replay(token_ids)
+        return states
 
-    async def _reserve(self, keys: Items[ImageKey]) -> Lease:
+    async def _reserve(self, prompt: Prompt, keys: Items[ImageKey]) -> Lease:
+        features, request_id = self._backend.features, self._request.request_id
+        computed = await self._hold_images(prompt, keys)
+        self._check_open()
         remaining = self._remaining()
-        lease = await self._backend.features.reserve(
-            self._request.request_id, keys, timeout=remaining, lifetime=remaining
-        )
+        lease = features.try_reserve(request_id, keys, lifetime=remaining, computed=computed)
+        if lease is None:
+            self._drop_hold()  # nobody waits in line with something that others may need to leave it
+            lease = await features.reserve(request_id, keys, timeout=remaining, lifetime=remaining)
         if self._is_closed:
             lease.release()
             raise Cancelled("the caller has left")
         self._lease = lease
         return lease
+
+    async def _hold_images(self, prompt: Prompt, keys: Items[ImageKey]) -> Mapping[int, Items[int]]:
+        """Rows of each tile of the images, by index, that need no features: their KV is here and stays."""
+        backend = self._backend
+        residency = look_up(
+            prompt,
+            self._request,
+            keys,
+            backend.features,
+            seq_id=next(backend.seq_ids),
+            max_model_len=backend.max_model_len,
+        )
+        if residency is None or not await residency.is_likely(backend.engine, backend.tokenising):
+            return {}
+        self._check_open()
+        self._holder = residency.holder
+        held = await residency.hold(backend.engine)
+        if not held:
+            self._holder = None
+        return held
+
+    def _drop_hold(self) -> None:
+        holder, self._holder = self._holder, None
+        if holder is not None:
+            self._backend.engine.abort([holder.seq_id])
 
     def _admission(self, prompt: Prompt, lease: Lease) -> Admitted:
         self._admitted = time.monotonic()
@@ -198,18 +248,20 @@ class Generation:
             deliver_to=self._backend.deliver_to if lease.missing else (),
             dtype=self._backend.feature_dtype,
             num_prompt_tokens=prompt.num_text_tokens + sum(image.max_num_tokens for image in self._request.images),
+            num_replayed_tokens=sum(len(each.output_token_ids) for each in self._request.continuations),
         )
 
-    async def _learn_length(self, prompt: Prompt, lease: Lease) -> None:
+    async def _wait_for_features(self, prompt: Prompt, lease: Lease) -> None:
         """Wait for all tiles of a Flash checkpoint's images: only then it is known how long the prompt is. What stands
-        before the first of them is computed meanwhile."""
-        self._begin_prelude(prompt, lease)
+        before the first one that is missing is computed meanwhile."""
         self._watcher = asyncio.create_task(self._watch_features(lease))
         while self._features_complete is None:
+            if self._backend.streams_prefill and not lease.is_complete:
+                self._extend_prelude(prompt, lease)
             await self._wait_for_news()
         self._held_seconds = self._features_complete - self._admitted
 
-    def _begin_prelude(self, prompt: Prompt, lease: Lease) -> None:
+    def _extend_prelude(self, prompt: Prompt, lease: Lease) -> None:
         self._check_open()
         backend = self._backend
         prelude = make_prelude(
@@ -219,8 +271,11 @@ class Generation:
             seq_id=next(backend.seq_ids),
             block_size=backend.block_size,
             priority=self._priority,
+            holder=self._holder,
+            before=self._prelude,
         )
         if prelude is not None:
+            self._end_prelude()
             backend.engine.add([prelude], self)
             self._prelude = prelude
 
@@ -231,25 +286,27 @@ class Generation:
             self._backend.engine.abort([prelude.seq_id])
         return prelude
 
-    def _prepare(self, prompt: Prompt, lease: Lease) -> Items[Choice]:
+    def _prepare(self, prompt: Prompt, lease: Lease, continuations: Continuations) -> Items[Choice]:
         request, backend = self._request, self._backend
         tile_tokens = lease.tile_tokens
-        ids, spans = prompt.lay_out(tile_tokens, lease.rows_hashes)
+        ids, spans = prompt.lay_out(tile_tokens, lease.tile_hashes)
         self._size = PromptSize.of(len(ids), request.images, [sum(sizes) for sizes in tile_tokens])
         sampling = sampling_params(request, len(ids), backend.max_model_len)
         prelude = self._end_prelude()
-        for index, own_sampling in enumerate(for_each_choice(sampling, request.sampling.n)):
+        samplings = for_each_choice(sampling, request.sampling.n)
+        for index, token_ids in continuations.items():
             sequence = Sequence(
                 seq_id=next(backend.seq_ids),
                 request_id=request.request_id,
                 prompt_token_ids=ids,
-                sampling=own_sampling,
+                sampling=samplings[index],
                 image_spans=spans,
-                output_token_ids=list(request.output_token_ids),
+                output_token_ids=list(token_ids),
                 cache_scope=request.cache_scope,
-                constraint=self._grammar.copy() if self._grammar is not None else None,
+                constraint=self._grammars.get(index),
                 priority=self._priority,
                 prelude=prelude,
+                holder=self._holder,
             )
             detokenizer = IncrementalDetokenizer(
                 backend.tokenizer,
@@ -261,6 +318,16 @@ class Generation:
             self._choices[sequence.seq_id] = Choice(index, sequence, detokenizer, splitter, backend.tokenizer)
         return list(self._choices.values())
 
+    async def _replay(self, choices: Items[Choice]) -> list[tuple[Choice, FinishReason | None]]:
+        """Bring each to where a lost server left it; says of each why it had ended, if it had."""
+
+        def replay() -> list[tuple[Choice, FinishReason | None]]:
+            return [(choice, choice.replay(self._backend.eos_token_ids)) for choice in choices]
+
+        if sum(len(choice.sequence.output_token_ids) for choice in choices) < _INLINE_TOKENS:
+            return replay()
+        return await asyncio.get_running_loop().run_in_executor(self._backend.tokenising, replay)
+
     @property
     def _priority(self) -> int:
         return self._request.priority if self._backend.has_priorities else 0
@@ -268,7 +335,9 @@ class Generation:
     @property
     def _seq_ids(self) -> list[int]:
         """Of all that the engine may have of this call."""
-        return list(self._choices) if self._prelude is None else [self._prelude.seq_id, *self._choices]
+        prelude = [] if self._prelude is None else [self._prelude.seq_id]
+        holder = [] if self._holder is None else [self._holder.seq_id]
+        return [*prelude, *self._choices, *holder]
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -285,7 +354,8 @@ class Generation:
 
     async def _watch_features(self, lease: Lease) -> None:
         try:
-            await lease.wait_complete(self._backend.feature_timeout)
+            while await lease.wait_progress(self._backend.feature_timeout):
+                self._news.set()
         except DeadlineExceeded as error:
             self.on_failure(error)
         else:
@@ -347,7 +417,7 @@ class Generation:
             prompt_tokens=self._size.num_tokens,
             completion_tokens=choice.num_tokens,
             reasoning_tokens=choice.num_reasoning_tokens,
-            cached_tokens=choice.sequence.num_cached_tokens,
+            cached_tokens=min(choice.sequence.num_cached_tokens, self._size.num_tokens),  # the rest was a replay's
             image_tokens=self._size.num_image_tokens,
             video_tokens=self._size.num_video_tokens,
             saved_tokens=self._size.num_saved_tokens,
@@ -385,7 +455,7 @@ class Generation:
         if not all(choice.is_finished for choice in self._choices.values()) and self._failure is None:
             metrics.CANCELLED.labels("language").inc()
         for choice in self._choices.values():
-            metrics.LANGUAGE_GENERATION_TOKENS.inc(choice.num_tokens)
+            metrics.LANGUAGE_GENERATION_TOKENS.inc(choice.num_tokens - choice.num_replayed)
             if not choice.is_finished or choice.first_token is None:
                 continue
             timings = self._timings(choice)

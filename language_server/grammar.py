@@ -86,7 +86,7 @@ class GrammarState:
     def replay(self, token_ids: Sequence[int]) -> None:
         """Go on behind tokens that another server made. Raises InvalidRequest if the grammar does not allow them."""
         if not all(self.consume(token_id) for token_id in token_ids):
-            raise InvalidRequest("the tokens do not follow the grammar", param="output_token_ids")
+            raise InvalidRequest("the tokens do not follow the grammar", param="continuations")
 
 
 class GrammarCompiler:

@@ -62,6 +62,18 @@ class ImageSpans:
         for span in self.overlapping(0, end):
             yield span if span.end <= end else replace(span, num_tokens=end - span.start)
 
+    def whole_end(self, end: int, block_size: int) -> int:
+        """Where the last image ends that lies before ``end`` with all its spans; 0: there is none. Up to there, and in
+        the rest of that block, all images do."""
+        last_ends = {span.image_index: span.end for span in self._spans}
+        while True:
+            whole = max((span.end for span in self._spans if last_ends[span.image_index] <= end), default=0)
+            blocks_end = -(-whole // block_size) * block_size
+            broken = [span.start for span in self.overlapping(0, blocks_end) if last_ends[span.image_index] > end]
+            if not broken:
+                return whole
+            end = min(broken[0], whole - 1)
+
     def first_missing(self, position: int, num_ready: Callable[[int], int]) -> int | None:
         """Position of the first placeholder at or after ``position`` whose row has not come; None: all have.
 

@@ -5,9 +5,9 @@ tokens all text is encoded as one string, so that the ids are those of tokenisin
 nothing of features or scheduling.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import Final, Protocol
 
 from common.service.errors import CheckpointError, InvalidRequest
@@ -161,16 +161,23 @@ class Prompt:
     def num_text_tokens(self) -> int:
         return sum(len(run) for run in self.runs if isinstance(run, list))
 
-    def before(self, image_indices: Container[int]) -> "Prompt":
-        """What stands before the first piece of any of these images."""
+    def until(self, num_tiles: Sequence[int | None]) -> "Prompt":
+        """What stands before the first tile that is not among the first ``num_tiles[i]`` of image ``i``; None: all."""
+        runs: list[list[int] | Piece] = []
+        for run in self.runs:
+            if isinstance(run, Piece):
+                known = num_tiles[run.image_index]
+                if known is not None and (run.end_tile is None or run.end_tile > known):
+                    runs += [replace(run, end_tile=known)] if known > run.first_tile else []
+                    break
+            runs.append(run)
+        return Prompt(tuple(runs), self.image_token_id)
 
-        def is_before(run: list[int] | Piece) -> bool:
-            return isinstance(run, list) or run.image_index not in image_indices
-
-        return Prompt(tuple(takewhile(is_before, self.runs)), self.image_token_id)
-
-    def lay_out(self, tile_tokens: Sequence[Sequence[int]], mm_hashes: Sequence[bytes]) -> tuple[list[int], ImageSpans]:
-        """Ids with ``tile_tokens[i][t]`` placeholders for tile ``t`` of image ``i``, and where they lie.
+    def lay_out(
+        self, tile_tokens: Sequence[Sequence[int]], tile_hashes: Sequence[Sequence[bytes]]
+    ) -> tuple[list[int], ImageSpans]:
+        """Ids with ``tile_tokens[i][t]`` placeholders for tile ``t`` of image ``i``, and where they lie: a span for
+        neighbouring tiles of one hash.
 
         The rule rows == placeholders is made true here: both counts come from the same place.
         """
@@ -182,9 +189,12 @@ class Prompt:
                 ids += run
                 continue
             starts = first_rows[run.image_index]
-            start, end = starts[run.first_tile], starts[-1 if run.end_tile is None else run.end_tile]
-            spans.append(ImageSpan(run.image_index, len(ids), end - start, mm_hashes[run.image_index], start))
-            ids += [self.image_token_id] * (end - start)
+            tiles = range(run.first_tile, len(starts) - 1 if run.end_tile is None else run.end_tile)
+            for tile_hash, alike in groupby(tiles, tile_hashes[run.image_index].__getitem__):
+                first, *others = alike
+                start, end = starts[first], starts[(others or [first])[-1] + 1]
+                spans.append(ImageSpan(run.image_index, len(ids), end - start, tile_hash, start))
+                ids += [self.image_token_id] * (end - start)
         return ids, ImageSpans(spans)
 
 

@@ -6,8 +6,9 @@ value that no sampler expects could end the engine, and every request with it.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from typing import Final
+from typing import Final, TypeAlias
 
 from common.service.errors import InvalidRequest
 from language_server.sequence import SamplingParams
@@ -32,8 +33,11 @@ _RANGES: Final = {
 _MUST_BE_POSITIVE: Final = ("top_p", "repetition_penalty")
 _MAX_BIAS: Final = 100.0
 
+Continuations: TypeAlias = Mapping[int, Items[int]]
+"""What each choice that is not finished has said already, by its index; usually nothing."""
 
-def check_request(request: GenerateRequest, *, vocab_size: int, max_choices: int) -> None:
+
+def check_request(request: GenerateRequest, *, vocab_size: int, max_choices: int, max_model_len: int) -> None:
     """Raises InvalidRequest, naming the field."""
     sampling = request.sampling
     if len(request.request_id) != REQUEST_ID_BYTES:
@@ -45,18 +49,44 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_choices: int
             )
     if not 1 <= sampling.n <= max_choices:
         raise InvalidRequest(f"n must be between 1 and {max_choices}", param="n")
-    if request.output_token_ids and sampling.n != 1:
-        raise InvalidRequest("only a single choice can be continued", param="n")
     if sampling.grammar.ByteSize() > MAX_GRAMMAR_BYTES:
         raise InvalidRequest(f"the grammar has more than {MAX_GRAMMAR_BYTES} bytes", param=sampling.grammar.param)
     _check_ranges(sampling, vocab_size)
     for name, ids in (
         ("stop_token_ids", sampling.stop_token_ids),
         ("logit_bias", sampling.logit_bias),
-        ("output_token_ids", request.output_token_ids),
+        *((f"continuations[{i}]", each.output_token_ids) for i, each in enumerate(request.continuations)),
     ):
         if any(token_id >= vocab_size for token_id in ids):
             raise InvalidRequest(f"a token id is outside the vocabulary of {vocab_size}", param=name)
+    _check_continuations(request, max_model_len)
+
+
+def _check_continuations(request: GenerateRequest, max_model_len: int) -> None:
+    num_choices = request.sampling.n
+    max_tokens = request.sampling.max_tokens or max_model_len
+    seen = set[int]()
+    for index, each in enumerate(request.continuations):
+        param = f"continuations[{index}]"
+        if each.choice >= num_choices or each.choice in seen:
+            message = f"choice {each.choice}: each of the {num_choices} may be continued once"
+            raise InvalidRequest(message, param=param)
+        if len(each.output_token_ids) > max_tokens:
+            message = f"{len(each.output_token_ids)} tokens, where max_tokens allows {max_tokens}"
+            raise InvalidRequest(message, param=param)
+        seen.add(each.choice)
+    if sum(each.is_finished for each in request.continuations) == num_choices:
+        raise InvalidRequest("every choice is finished", param="continuations")
+
+
+def open_choices(request: GenerateRequest) -> Continuations:
+    """The choices that are to be computed."""
+    known = {each.choice: each for each in request.continuations}
+    return {
+        index: known[index].output_token_ids if index in known else ()
+        for index in range(request.sampling.n)
+        if index not in known or not known[index].is_finished
+    }
 
 
 def _check_ranges(sampling: Wanted, vocab_size: int) -> None:

@@ -7,6 +7,7 @@ has not arrived. Among sequences of a kind those of a smaller ``priority`` are s
 
 When blocks run out, a generating sequence takes them from sequences that wait for features, then from those behind it
 in line; the victim forgets its KV and is prefilled again later. The first in line that can run always proceeds.
+Blocks that are held are nobody's to take (prefix_holds.py).
 
 Pure Python: no tensors, no clock, no I/O. Deterministic.
 """
@@ -18,6 +19,7 @@ from typing import Protocol
 
 from language_server.block_manager import BlockManager
 from language_server.pace import NO_LIMITS, PrefillLimits
+from language_server.prefix_holds import PrefixHolds
 from language_server.sequence import Sequence, SequenceStatus
 
 
@@ -93,6 +95,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens looked up in the prefix cache
         self.num_prefix_hits = 0  # tokens found there
+        self._holds = PrefixHolds(blocks)
         self._readiness = readiness
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -121,6 +124,14 @@ class Scheduler:
         holder.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.blocks.free(sequence)
+
+    def hold(self, holder: Sequence) -> int:
+        """Keep the images of a prompt that lie in the prefix cache; see ``PrefixHolds.add``."""
+        return self._holds.add(holder, (*self.running, *self._waiting[False], *self._waiting[True]))
+
+    def drop_hold(self, seq_id: int) -> bool:
+        """See ``PrefixHolds.drop``."""
+        return self._holds.drop(seq_id)
 
     def schedule(self, limits: PrefillLimits = NO_LIMITS) -> list[ScheduledChunk]:
         """The next step; empty when every sequence waits for features, or there is none.
@@ -204,13 +215,16 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         _insert_last(self.running, sequence)
         if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = max(0, num_cached_tokens - sequence.num_prepared_tokens)
-            self.num_prefix_queries += sequence.num_tokens
+            num_prepared_tokens = min(num_cached_tokens, sequence.num_prepared_tokens)
+            sequence.num_cached_tokens = num_cached_tokens - num_prepared_tokens
+            self.num_prefix_queries += sequence.num_tokens - num_prepared_tokens
             self.num_prefix_hits += sequence.num_cached_tokens
 
     def _may_start(self, sequence: Sequence, num_cached_tokens: int) -> bool:
         ready_end = self.ready_end(sequence, num_cached_tokens)
         if ready_end <= num_cached_tokens or self._will_share(sequence, num_cached_tokens):
+            return False
+        if not self._holds.lets_finish(sequence):
             return False
         # Sequences that will soon wait for features may take half of the places: the rest stays for those that can run.
         return ready_end == sequence.num_tokens or self._num_incomplete() < self._max_num_seqs // 2

@@ -95,6 +95,7 @@ class Sequence:
     constraint: Constraint | None = None
     priority: int = 0
     prelude: "Sequence | None" = None  # computed the beginning of the prompt for this very sequence
+    holder: "Sequence | None" = None  # holds the beginning of the prompt, of which no image rows will come
 
     has_images: bool = field(init=False)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
@@ -111,16 +112,21 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.has_images = len(self.image_spans) > 0
+        if self.holder is not None:  # whose prompt begins as ours does
+            self.block_hashes = self.holder.block_hashes[: len(self.holder.block_table)]
         self.output_token_ids = list(self.output_token_ids)
         self.token_ids = [*self.prompt_token_ids, *self.output_token_ids]
         self.max_num_tokens = len(self.prompt_token_ids) + self.sampling.max_tokens
 
     @property
     def num_prepared_tokens(self) -> int:
-        """Of the prompt, computed by the prelude: finding them is no reuse. For the engine thread, which alone knows
-        how far the prelude came."""
-        prelude = self.prelude
-        return 0 if prelude is None else max(0, prelude.num_reached_tokens - prelude.num_cached_tokens)
+        """Of the prompt, computed by its preludes: finding them is no reuse. For the engine thread, which alone knows
+        how far they came."""
+        prelude, num_tokens = self.prelude, 0
+        while prelude is not None:  # the last of them may not have begun
+            num_tokens = max(num_tokens, prelude.num_reached_tokens - prelude.num_cached_tokens)
+            prelude = prelude.prelude
+        return num_tokens
 
     @property
     def num_tokens(self) -> int:

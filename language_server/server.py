@@ -23,11 +23,11 @@ from common.model.device import choose_device, choose_dtype
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled, ConfigError
 from common.service.health import add_health
-from common.service.program import Progress
+from common.service.program import DRAIN_NOTICE_SECONDS, Progress
 from common.service.status import StatusBoard
+from common.transport.advertise import advertised
 from common.transport.base import FeatureReceiver
-from common.transport.listen import PRIVATE_DIRECTORY
-from common.transport.registry import make_receiver
+from common.transport.registry import choose_transports, make_receivers
 from language_server.backbone import LanguageBackbone, load_backbone
 from language_server.cpu_threads import OWN_CORES_TOLERANCE, SHARED_CORES_TOLERANCE, tune_decode_threads
 from language_server.engine import EngineConfig, EngineStats, LanguageEngine
@@ -132,7 +132,8 @@ class LanguageServer:
     async def start(self) -> None:
         """Listen, answering that the server is not ready. Raises ConfigError if the address cannot be had."""
         self.address = rpc.bind(self._grpc, self.settings.listen)
-        self._deliver_to = [await receiver.start(self.features) for receiver in self._receivers]
+        bound = [await receiver.start(self.features) for receiver in self._receivers]
+        self._deliver_to = [advertised(endpoint, self.settings.feature_advertise) for endpoint in bound]
         await self._grpc.start()
 
     async def load(self, progress: Progress = lambda done, total: None) -> None:
@@ -158,6 +159,8 @@ class LanguageServer:
         decode_threads = await self.engine.call(lambda: tune_decode_threads(engine, *self._tolerances))
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
+        if self.device.type == "cpu":
+            self.board.count_cpu_time(await self.engine.call(threading.get_ident))
         self.engine.start(engine, decode_threads)
         # Before the first request that needs it: meanwhile all others would stand still.
         grammars = await asyncio.get_running_loop().run_in_executor(self._compiling, self._make_grammars)
@@ -201,7 +204,7 @@ class LanguageServer:
         self.board.state = WORKER_STATE_DRAINING
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout):
-                await self._servicer.drained()
+                await asyncio.gather(self._servicer.drained(), asyncio.sleep(DRAIN_NOTICE_SECONDS))
         except TimeoutError:
             log.warning("requests still in work after %g s are dropped", self.settings.shutdown_timeout)
 
@@ -288,6 +291,7 @@ class LanguageServer:
             vocab_size=self.config.vocab_size,
             max_model_len=engine.max_model_len,
             block_size=engine.block_size,
+            streams_prefill=self.settings.streamed_prefill,
             max_choices=min(MAX_CHOICES, self.settings.max_num_seqs + self.settings.max_num_waiting),
             max_stream_events=self.settings.max_stream_events,
             feature_timeout=self.settings.feature_timeout,
@@ -385,18 +389,7 @@ def _check_memory(settings: LanguageSettings, weights: int, device: torch.device
 
 
 def _make_receivers(settings: LanguageSettings) -> list[FeatureReceiver]:
-    return [
-        make_receiver(transport, _nth_port(settings.feature_listen, index))
-        for index, transport in enumerate(settings.transports)
-    ]
-
-
-def _nth_port(listen: str, index: int) -> str:
-    """``host:port`` with the port ``index`` higher: one port cannot serve two transports. Port 0 and sockets stay."""
-    host, _, port = listen.rpartition(":")
-    if listen.startswith(PRIVATE_DIRECTORY) or not port.isdecimal() or int(port) == 0:
-        return listen
-    return f"{host}:{int(port) + index}"
+    return make_receivers(choose_transports(settings.transports), settings.feature_listen)
 
 
 def _max_model_len(settings: LanguageSettings, config: InternVLConfig) -> int:

@@ -3,11 +3,11 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc.aio
 
-from common.service import rpc
+from common.service import failpoints, rpc
 from common.service.errors import Overloaded, Unavailable
 from common.service.status import StatusBoard
 from language_server.generation import Backend, Generation
@@ -16,6 +16,8 @@ from protos.language_pb2 import GenerateEvent, GenerateRequest
 from protos.status_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_STARTING, WatchStatusRequest, WorkerStatus
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_PLACES: Final[dict[str | None, str]] = {"admitted": "admit", "finished": "finish"}
+"""Failpoints, by what is about to leave."""
 
 
 class LanguageServicer(language_pb2_grpc.LanguageServicer):
@@ -51,6 +53,9 @@ class LanguageServicer(language_pb2_grpc.LanguageServicer):
         context.add_done_callback(lambda _: self._close(generation))
         try:
             async for event in generation.events():
+                if failpoints.ARE_ON:
+                    place = _PLACES.get(event.WhichOneof("event"), "token")
+                    await failpoints.reach(f"language.{place}", request.SerializeToString())
                 yield event
         finally:
             self._close(generation)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from common.service.program import ServerSettings
 from common.service.settings import Field
-from common.transport.registry import TRANSPORTS, TransportName
+from common.transport.registry import TransportChoice
 from language_server.pace import DEFAULT_STRETCH, DEFAULT_TEXT_STRETCH
 
 QuantizationName: TypeAlias = Literal["auto", "none", "bitsandbytes", "fp8"]
@@ -24,8 +24,14 @@ class LanguageSettings(ServerSettings):
         "127.0.0.1:0",
         description="where features arrive: host:port (each transport takes the next port; 0: any) or unix-dir:/path",
     )
-    transports: tuple[TransportName, ...] = Field(
-        TRANSPORTS, min_length=1, description="ways to take features, best first"
+    feature_advertise: str | None = Field(
+        None,
+        pattern=r"^[^\s/]+$",
+        description="host that vision servers are told to dial instead of that of --feature-listen, where they reach"
+        " this one by another (NAT, containers); ports stay",
+    )
+    transports: tuple[TransportChoice, ...] = Field(
+        ("auto",), min_length=1, description="ways to take features, best first; auto: all but nixl"
     )
     metrics_listen: str | None = Field("127.0.0.1:0", description="host:port of /metrics; null switches it off")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
@@ -72,6 +78,9 @@ class LanguageSettings(ServerSettings):
         0.85, gt=0, lt=1, description="share of the GPU memory left beside the weights that KV takes by default"
     )
     feature_bytes: int = Field(2**30, ge=1, description="memory for image features, those kept for reuse included")
+    streamed_prefill: bool = Field(
+        True, description="read a prompt up to its first missing tile while others are encoded; false: wait for all"
+    )
     feature_timeout: float = Field(600.0, gt=0, description="seconds without a new tile after which a request fails")
     request_timeout: float = Field(600.0, gt=0, description="seconds for a request whose caller sets no deadline")
     max_stream_events: int = Field(1024, ge=16, description="tokens held for a slow reader before its request ends")

@@ -85,9 +85,9 @@ class FrameHeader:
         return self.num_tokens * self.hidden_size * ITEM_SIZE[self.dtype]
 
 
-def checksum(payload: Buffer) -> int:
-    """CRC32C of the payload, as the header carries it."""
-    return int(crc32c.crc32c(payload))
+def checksum(payload: Buffer, before: int = 0) -> int:
+    """CRC32C of the payload, as the header carries it; ``before``: that of what comes before this piece of it."""
+    return int(crc32c.crc32c(payload, before))
 
 
 def with_checksum(header: FrameHeader, payload: Buffer) -> FrameHeader:

@@ -8,24 +8,34 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "messages", "images", "sampling", "cache_scope", "priority", "output_token_ids", "thinking")
+    __slots__ = ("request_id", "messages", "images", "sampling", "cache_scope", "priority", "thinking", "continuations")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CACHE_SCOPE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     THINKING_FIELD_NUMBER: _ClassVar[int]
+    CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
     images: _containers.RepeatedCompositeFieldContainer[ImageRef]
     sampling: SamplingParams
     cache_scope: str
     priority: int
-    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     thinking: bool
-    def __init__(self, request_id: _Optional[bytes] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageRef, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_scope: _Optional[str] = ..., priority: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., thinking: _Optional[bool] = ...) -> None: ...
+    continuations: _containers.RepeatedCompositeFieldContainer[Continuation]
+    def __init__(self, request_id: _Optional[bytes] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageRef, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_scope: _Optional[str] = ..., priority: _Optional[int] = ..., thinking: _Optional[bool] = ..., continuations: _Optional[_Iterable[_Union[Continuation, _Mapping]]] = ...) -> None: ...
+
+class Continuation(_message.Message):
+    __slots__ = ("choice", "output_token_ids", "is_finished")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    is_finished: bool
+    def __init__(self, choice: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., is_finished: _Optional[bool] = ...) -> None: ...
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "parts", "inline_images")
@@ -155,16 +165,18 @@ class GenerateEvent(_message.Message):
     def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Admitted(_message.Message):
-    __slots__ = ("missing", "deliver_to", "dtype", "num_prompt_tokens")
+    __slots__ = ("missing", "deliver_to", "dtype", "num_prompt_tokens", "num_replayed_tokens")
     MISSING_FIELD_NUMBER: _ClassVar[int]
     DELIVER_TO_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REPLAYED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     missing: _containers.RepeatedCompositeFieldContainer[ImageTicket]
     deliver_to: _containers.RepeatedCompositeFieldContainer[_status_pb2.Endpoint]
     dtype: _status_pb2.FeatureDtype
     num_prompt_tokens: int
-    def __init__(self, missing: _Optional[_Iterable[_Union[ImageTicket, _Mapping]]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., num_prompt_tokens: _Optional[int] = ...) -> None: ...
+    num_replayed_tokens: int
+    def __init__(self, missing: _Optional[_Iterable[_Union[ImageTicket, _Mapping]]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., num_prompt_tokens: _Optional[int] = ..., num_replayed_tokens: _Optional[int] = ...) -> None: ...
 
 class ImageTicket(_message.Message):
     __slots__ = ("image_index", "ticket")

@@ -52,7 +52,8 @@ class LanguageServicer:
 
     def Generate(self, request, context):
         """router -> language: run one chat request to its end. Events in order: one Admitted, then Token events, then one
-        Finished per choice. Cancelling the call frees KV blocks, reservations and the place in the queue.
+        Finished per choice that was not finished before. Cancelling the call frees KV blocks, reservations and the place in
+        the queue.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

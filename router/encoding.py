@@ -5,14 +5,16 @@ Knows nothing of HTTP and nothing of pixels. All calls live inside ``encode_miss
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from common.service.errors import InternalError, Overloaded, Unavailable
 from protos.language_pb2 import Admitted, ImageTicket
 from protos.vision_pb2 import EncodeReply, EncodeRequest, VirOptions
 from router.fleet import Fleet
 from router.record import RequestRecord
-from router.request import ChatRequest
+from router.request import ChatRequest, ImageInput
 from router.scores import Scores, collect_scores
+from router.splitting import WHOLE, Part, divide
 from router.vision_calls import call_vision
 from router.workers import VisionWorker
 
@@ -25,7 +27,8 @@ async def encode_missing(fleet: Fleet, request: ChatRequest, admitted: Admitted,
     scores = await _collect_scores(fleet, request, record) if request.needs_scores else None
     async with asyncio.TaskGroup() as group:
         for ticket in admitted.missing:
-            group.create_task(_encode(fleet, request, ticket, admitted, scores, record))
+            for part in _divide(fleet, request, _image_of(request, ticket)):
+                group.create_task(_encode(fleet, request, ticket, part, admitted, scores, record))
 
 
 async def _collect_scores(fleet: Fleet, request: ChatRequest, record: RequestRecord) -> Scores:
@@ -35,19 +38,40 @@ async def _collect_scores(fleet: Fleet, request: ChatRequest, record: RequestRec
     return scores
 
 
+def _image_of(request: ChatRequest, ticket: ImageTicket) -> ImageInput:
+    if ticket.image_index >= len(request.images):
+        raise InternalError("a server asked for an image that does not exist")
+    return request.images[ticket.image_index]
+
+
+def _divide(fleet: Fleet, request: ChatRequest, image: ImageInput) -> Sequence[Part]:
+    """Who gets which tiles: the server on which equal images meet the first ones, others that are idle the rest."""
+    min_tiles = request.split_min_tiles
+    if not request.may_divide(image) or image.num_tiles < 2 * min_tiles:
+        return WHOLE
+    excluded = {worker.address for worker in fleet.vision if worker.total_load >= min_tiles}
+    chosen: list[VisionWorker] = []
+    while len(chosen) < image.num_tiles // min_tiles:
+        worker = fleet.pick_vision(image.image_hash, exclude=excluded)
+        if worker is None:
+            break
+        chosen.append(worker)
+        excluded.add(worker.address)
+    rates = [worker.status.vision.tiles_per_second for worker in chosen if worker.status is not None]
+    return divide(image.num_tiles, [worker.address for worker in chosen], min_tiles, min(rates, default=0.0))
+
+
 async def _encode(
     fleet: Fleet,
     request: ChatRequest,
     ticket: ImageTicket,
+    part: Part,
     admitted: Admitted,
     scores: Scores | None,
     record: RequestRecord,
 ) -> None:
-    """Have one image encoded and delivered."""
-    index = ticket.image_index
-    if index >= len(request.images):
-        raise InternalError("a server asked for an image that does not exist")
-    image = request.images[index]
+    """Have one image, or part of one, encoded and delivered. A part has attempts of its own."""
+    index, image = ticket.image_index, _image_of(request, ticket)
     call = EncodeRequest(
         request_id=request.generate.request_id,
         image_index=index,
@@ -59,19 +83,24 @@ async def _encode(
         deliver_to=admitted.deliver_to,
         ticket=ticket.ticket,
         dtype=admitted.dtype,
+        first_tile=part.first_tile,
+        num_tiles=part.num_tiles,
     )
+    num_tiles = part.num_tiles or image.num_tiles
 
     async def encode(vision: VisionWorker, attempt: int) -> EncodeReply:
         call.attempt = attempt
         record.encode_attempts += 1
-        return await vision.encode(call, image.num_tiles, request.deadline.remaining())
+        return await vision.encode(call, num_tiles, request.deadline.remaining())
 
-    prefer = scores.servers[index] if scores is not None else None
+    prefer = part.server if scores is None else scores.servers[index]
     try:
-        reply = await call_vision(fleet, image.image_hash, encode, param=image.param, prefer=prefer)
+        reply = await call_vision(
+            *(fleet, image.image_hash, encode), param=image.param, prefer=prefer, num_tiles=num_tiles, is_hedged=True
+        )
     except (Unavailable, Overloaded, InternalError):
         # A token needs the whole prompt: the features had arrived, only the reply that says so was lost.
-        if not record.has_first_token:
+        if not record.is_prompt_read:
             raise
     else:
         record.encoded.append(reply)

@@ -8,15 +8,21 @@ go of when the calls it has are at their end. Knows nothing of HTTP, images or p
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final, TypeVar
 
 from common.service import metrics
-from common.service.errors import Unavailable
+from common.service.errors import DvdError, Unavailable
 from protos.status_pb2 import ModelInfo, WorkerStatus
+from protos.vision_pb2 import EncodeReply
 from router import policy
 from router.discovery import difference
-from router.workers import LanguageWorker, Tier, VisionWorker, Worker
+from router.hedging import EncodeTimes
+from router.outliers import is_slow
+from router.quarantine import Quarantine
+from router.retry_budget import RetryBudget
+from router.workers import REFUSALS, LanguageWorker, LossKind, ServerLost, Tier, VisionWorker, Worker
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +34,12 @@ _CANCEL_SECONDS: Final = 5.0
 """For the owners of cancelled calls to notice."""
 _STAND_IN_SECONDS: Final = 10.0
 """One that was replaced works on for so long at most until its successor is ready."""
+RETURN_SECONDS: Final = 10.0
+"""A server that was lost is expected back for so long: what needs it waits, later requests are refused at once."""
+LAST_STUCK_SECONDS: Final = 30.0
+"""The last usable server of a tier may be without progress for so long: giving it up helps nobody sooner."""
+_LOSS_KINDS: Final[dict[str, LossKind]] = {"reset": "reset", "heartbeat": "heartbeat", "closed": "closed"}
+_CIRCUIT_STATES: Final = {"closed": 0, "half_open": 1, "open": 2}
 
 
 class Reminder:
@@ -58,11 +70,15 @@ class Fleet:
     Args:
         leave_timeout: seconds after which the calls of a server that has left are given up; no call lives longer than
             a request may take.
+        hedge_quantile: of encode times, after which a second vision server tries; 0: never.
     """
 
-    def __init__(self, leave_timeout: float = 600.0) -> None:
+    def __init__(self, leave_timeout: float = 600.0, hedge_quantile: float = 0.0) -> None:
         self.fingerprint: bytes | None = None
         self.model: ModelInfo | None = None  # last known, so that /v1/models answers without any server
+        self.quarantine = Quarantine()
+        self.encode_times = EncodeTimes(hedge_quantile)
+        self.budgets: dict[Tier, RetryBudget] = {"vision": RetryBudget(), "language": RetryBudget()}
         self._leave_timeout = leave_timeout
         self._vision: dict[str, VisionWorker] = {}
         self._language: dict[str, LanguageWorker] = {}
@@ -97,6 +113,11 @@ class Fleet:
     def has_language(self) -> bool:
         return any(worker.is_usable for worker in self._language.values())
 
+    def may_have(self, tier: Tier) -> bool:
+        """There is a usable server, or one was usable lately and may be again in a moment."""
+        workers = self._vision if tier == "vision" else self._language
+        return any(_is_expected(worker) for worker in workers.values())
+
     def set_vision(self, addresses: Iterable[str]) -> None:
         """These are the vision servers from now on."""
         self._set_members(self._vision, VisionWorker, addresses)
@@ -123,26 +144,90 @@ class Fleet:
         """Return at the next status message, loss, arrival or departure of any server."""
         await self._changed.wait()
 
-    def pick_language(self, request_id: bytes, exclude: Collection[str] = ()) -> LanguageWorker | None:
-        """A usable language server not named in ``exclude``, the least loaded."""
-        candidates = _usable(self._language.values(), exclude)
-        chosen = policy.pick_language(request_id, {name: worker.total_load for name, worker in candidates.items()})
+    def pick_language(
+        self, request_id: bytes, exclude: Collection[str] = (), prefix: bytes | None = None
+    ) -> LanguageWorker | None:
+        """A usable language server not named in ``exclude``: the one that knows the prefix, else one with little to do.
+
+        Args:
+            prefix: what ``affinity.prefix_key`` says of the request.
+        """
+        candidates = _trusted(self._language.values(), exclude)
+        loads = {name: worker.total_load for name, worker in candidates.items()}
+        chosen = policy.pick_language(request_id if prefix is None else prefix, request_id, loads)
         return None if chosen is None else candidates[chosen]
 
     def pick_vision(
-        self, image_hash: bytes, exclude: Collection[str] = (), prefer: str | None = None
+        self,
+        image_hash: bytes,
+        exclude: Collection[str] = (),
+        prefer: str | None = None,
+        num_tiles: int = 1,
     ) -> VisionWorker | None:
         """A usable vision server not named in ``exclude``: the one preferred, else the one on which equal images meet.
 
         Args:
             prefer: address of a server that has done part of the work already.
+            num_tiles: of the work.
         """
-        candidates = _usable(self._vision.values(), exclude)
+        candidates = _trusted(self._vision.values(), exclude)
         if prefer in candidates:
             return candidates[prefer]
         loads = {name: worker.total_load for name, worker in candidates.items()}
-        chosen = policy.pick_vision(image_hash, loads)
+        chosen = policy.pick_vision(image_hash, loads, num_tiles)
         return None if chosen is None else candidates[chosen]
+
+    async def find_vision(
+        self, image_hash: bytes, tried: Collection[str], refused: Collection[str], prefer: str | None, num_tiles: int
+    ) -> VisionWorker | None:
+        """Like ``pick_vision``, and while a server may come back, wait for one rather than give up.
+
+        Args:
+            tried: addresses of those that failed or were lost; others are asked first.
+            refused: those among them that live, and said no.
+        """
+        vision = self.pick_vision(image_hash, tried, prefer, num_tiles)
+        while vision is None:
+            vision = self.pick_vision(image_hash, refused, prefer, num_tiles)
+            expected = [w for w in self._vision.values() if _is_expected(w) and w.address not in refused]
+            if vision is not None or not expected:
+                return vision
+            patience = max(worker.usable_until for worker in expected) + RETURN_SECONDS - time.monotonic()
+            try:
+                async with asyncio.timeout(max(0.0, patience)):
+                    await self.wait_changed()
+            except TimeoutError:
+                return None
+        return vision
+
+    def note_request(self, tier: Tier) -> None:
+        """A tier gets new work; retries are a share of it."""
+        self.budgets[tier].note_request(time.monotonic())
+
+    def may_retry(self, tier: Tier, error: DvdError) -> bool:
+        """Whether what failed so may be tried elsewhere.
+
+        A lost server's work always may, and what a server refused that comes or goes; the rest has a budget.
+        """
+        if isinstance(error, ServerLost) or error.code in REFUSALS:
+            return True
+        if self.budgets[tier].try_retry(time.monotonic()):
+            return True
+        metrics.RETRY_BUDGET_EXHAUSTED.labels(tier).inc()
+        return False
+
+    def observe_encode(self, vision: VisionWorker, num_tiles: int, seconds: float, reply: EncodeReply) -> None:
+        """An image was encoded in ``seconds``: what is usual in this tier, and whether this server still is."""
+        if reply.cache_hit:
+            return
+        self.encode_times.observe(num_tiles, seconds)
+        on_trial = vision.circuit.state != "closed"
+        sample = vision.speed.observe(num_tiles, seconds - reply.timings.queue_ms / 1e3)
+        others = [worker.speed.seconds_per_tile for worker in self._vision.values() if worker is not vision]
+        if is_slow(sample if on_trial else vision.speed.seconds_per_tile, others):
+            vision.circuit.eject(time.monotonic())
+            vision.speed.reset()
+            self._on_ejected(vision, "latency")
 
     # --- coming and going
 
@@ -154,6 +239,7 @@ class Fleet:
                 self._welcome_back(workers[address])
             else:
                 workers[address] = worker = make(address)
+                worker.on_ejected = self._on_ejected
                 self._watch_over(worker)
         for address in went:
             self._bid_farewell(workers, workers[address])
@@ -182,7 +268,7 @@ class Fleet:
         await self._stand_in(worker)
         if not await _ends_in_time(worker, self._leave_timeout):
             log.warning("%s server %s (%s) has left: %d calls are cut off", *_names(worker), worker.num_calls)
-            worker.cancel_calls()
+            worker.cancel_calls("left")
             await _ends_in_time(worker, _CANCEL_SECONDS)
         # From here on the address is free: whoever is listed there again is a new server to us.
         del workers[worker.address]
@@ -233,12 +319,16 @@ class Fleet:
             backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)
 
     def _update(self, worker: Worker, status: WorkerStatus) -> None:
-        state, name = worker.state_name, worker.name
+        state, name, before = worker.state_name, worker.name, worker.incarnation
         if worker.take(status):
             log.warning("%s server %s (%s) has restarted", *_names(worker))
+        elif state == "lost" and before:
+            self.quarantine.forgive(before)  # the connection was lost, not the process
+        self._judge_progress(worker)
         self._compare_fingerprints()
         if worker.name != name:
             self._forget_name(worker, name)
+        _export_circuit(worker)
         if worker.state_name != state:
             log.info("%s server %s (%s) is %s", *_names(worker), worker.state_name)
         self._notify()
@@ -246,12 +336,32 @@ class Fleet:
     def _lose(self, worker: Worker, error: Unavailable) -> None:
         if worker.status is not None:
             log.warning("%s server %s (%s) is lost: %s", *_names(worker), error.message)
-            metrics.SERVER_EJECTIONS.labels(worker.tier, worker.name, error.code).inc()
-        worker.status = None
-        worker.is_refused = False
-        worker.cancel_calls()
+            self._count_loss(worker, error.code, worker.heard_at)
+        worker.lose(_LOSS_KINDS.get(error.code, "closed"))
         self._compare_fingerprints()
         self._notify()
+
+    def _judge_progress(self, worker: Worker) -> None:
+        """Who speaks and gets nowhere is as good as lost, once there is somebody else or it has lasted for long."""
+        if worker.is_stuck or not worker.has_no_progress:
+            return
+        peers = self._vision.values() if worker.tier == "vision" else self._language.values()
+        has_others = any(peer.is_usable for peer in peers if peer is not worker)
+        if has_others or worker.heard_at - worker.grew_at >= LAST_STUCK_SECONDS:
+            log.warning("%s server %s (%s) is stuck: it has work and makes no progress", *_names(worker))
+            self._count_loss(worker, "progress", worker.grew_at)
+            worker.is_stuck = True
+            worker.cancel_calls("progress")
+
+    def _count_loss(self, worker: Worker, kind: str, alive_at: float) -> None:
+        metrics.SERVER_EJECTIONS.labels(worker.tier, worker.name, kind).inc()
+        metrics.FAILURE_DETECTION_SECONDS.labels(worker.tier, kind).observe(time.monotonic() - alive_at)
+
+    def _on_ejected(self, worker: Worker, reason: str = "failures") -> None:
+        """Its circuit has opened."""
+        log.warning("%s server %s (%s) is ejected for a while: %s", *_names(worker), reason)
+        metrics.SERVER_EJECTIONS.labels(worker.tier, worker.name, reason).inc()
+        _export_circuit(worker)
 
     def _on_watcher_ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
         """A bug of ours: what we no longer follow must not be used."""
@@ -291,7 +401,7 @@ class Fleet:
         tiers: dict[Tier, Sequence[Worker]] = {"vision": self.vision, "language": self.language}
         for tier, workers in tiers.items():
             names = [worker.state_name for worker in workers]
-            for state in ("starting", "ready", "draining", "refused", "lost", "leaving"):
+            for state in ("starting", "ready", "draining", "refused", "stuck", "lost", "leaving"):
                 metrics.SERVERS.labels(tier, state).set(names.count(state))
 
     def _forget_name(self, worker: Worker, name: str) -> None:
@@ -312,6 +422,22 @@ async def _ends_in_time(worker: Worker, seconds: float) -> bool:
 
 def _usable(workers: Iterable[WorkerT], exclude: Collection[str]) -> dict[str, WorkerT]:
     return {worker.address: worker for worker in workers if worker.is_usable and worker.address not in exclude}
+
+
+def _trusted(workers: Iterable[WorkerT], exclude: Collection[str]) -> dict[str, WorkerT]:
+    """Usable ones whose circuit is closed; where there is none, those that are ejected have to do."""
+    candidates, now = _usable(workers, exclude), time.monotonic()
+    return {name: worker for name, worker in candidates.items() if worker.circuit.allows(now)} or candidates
+
+
+def _is_expected(worker: Worker) -> bool:
+    """Usable, or lately so and still one of ours."""
+    is_ours = (not worker.is_leaving or worker.stands_in) and not worker.is_refused
+    return worker.is_usable or (is_ours and time.monotonic() - worker.usable_until < RETURN_SECONDS)
+
+
+def _export_circuit(worker: Worker) -> None:
+    metrics.CIRCUIT_STATE.labels(worker.tier, worker.name).set(_CIRCUIT_STATES[worker.circuit.state])
 
 
 def _fingerprint(worker: Worker) -> bytes:

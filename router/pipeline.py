@@ -2,24 +2,30 @@
 
 Knows nothing of HTTP and nothing of pixels. Everything a request starts lives inside ``Pipeline.run`` and ends with
 it: when the client leaves, the caller cancels ``run``, and ``Generate`` and every ``Score`` and ``Encode`` are
-cancelled at once.
+cancelled at once. A language server that is lost costs the client nothing: another one goes on behind the last token.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
 from common.service import metrics
-from common.service.errors import DeadlineExceeded, DvdError, InternalError, Unavailable
+from common.service.errors import DeadlineExceeded, DvdError, InternalError, Overloaded, Unavailable
 from protos.language_pb2 import Admitted, Finished, GenerateEvent, Token
+from router.affinity import content_key
 from router.causes import cause_of
 from router.encoding import encode_missing
 from router.fleet import Fleet
+from router.language_search import LanguageSearch
+from router.quarantine import Trial
 from router.record import RequestRecord
+from router.replay import Progress
 from router.request import ChatRequest
 from router.workers import LanguageWorker
 
-MAX_GENERATE_ATTEMPTS: Final = 2
+log = logging.getLogger(__name__)
+
 ENCODE_GRACE_SECONDS: Final = 1.0
 """Once all tokens are there, the features were delivered; the replies that say so get this long to arrive."""
 
@@ -53,44 +59,110 @@ class Pipeline:
         """
         try:
             async with asyncio.timeout(request.deadline.remaining()):
-                await self._run_with_retry(request, answer, record)
+                await _Run(self._fleet, request, answer, record).to_its_end()
         except TimeoutError:
             raise DeadlineExceeded("the request's time is used up") from None
 
-    async def _run_with_retry(self, request: ChatRequest, answer: Answer, record: RequestRecord) -> None:
-        """Before the first token, losing a server is nobody's business but ours."""
-        tried: set[str] = set()
-        failure: DvdError = Unavailable("no language server is available")
-        while len(tried) < MAX_GENERATE_ATTEMPTS:
-            language = self._fleet.pick_language(request.generate.request_id, exclude=tried)
-            if language is None:
-                break
-            if tried:
-                metrics.DISPATCH_RETRIES.labels("language", failure.code).inc()
-            tried.add(language.address)
+
+class _Run:
+    """One request on its way through the language tier."""
+
+    def __init__(self, fleet: Fleet, request: ChatRequest, answer: Answer, record: RequestRecord) -> None:
+        self._fleet = fleet
+        self._request = request
+        self._answer = answer
+        self._record = record
+        self._progress = Progress(request.num_choices)
+        self._search = LanguageSearch(fleet, request.prefix)
+        self._is_admitted = False  # by the language server that has the request now
+        self._trial = self._on_trial("")
+
+    async def to_its_end(self) -> None:
+        """On one language server after another, as long as they are lost. Raises DvdError."""
+        request: ChatRequest = self._request
+        failure: DvdError | None = None
+        self._fleet.note_request("language")
+        while (language := await self._search.next(request.generate.request_id)) is not None:
+            if failure is not None:
+                # What a lost server had is taken over in any case: its streams all want it in one moment.
+                if not self._search.has_lost_one and not self._fleet.may_retry("language", failure):
+                    break
+                self._tell_retry(language, failure)
+                request = self._progress.rest_of(self._request)
             try:
-                return await self._generate(language, request, answer, record)
+                self._trial = self._on_trial(language.address)
+                async with self._trial:
+                    return await self._generate(language, request)
             except Unavailable as error:
-                if record.has_first_token:
+                if self._progress.is_done:  # only the end of the call was lost
+                    return None
+                self._search.failed(language)
+                failure = error
+            except Overloaded as error:
+                if self._is_admitted or not self._search.may_wait_for(language):
                     raise
                 failure = error
-        raise failure
+        if self._record.has_first_token:
+            metrics.REPLAYS.labels("given_up").inc()
+        raise failure or Unavailable("no language server is available")
 
-    async def _generate(
-        self, language: LanguageWorker, request: ChatRequest, answer: Answer, record: RequestRecord
-    ) -> None:
+    def _on_trial(self, server: str) -> Trial:
+        return self._fleet.quarantine.trial(lambda: content_key(self._request.generate), server)
+
+    def _tell_retry(self, language: LanguageWorker, failure: DvdError) -> None:
+        metrics.DISPATCH_RETRIES.labels("language", failure.code).inc()
+        log.warning(
+            "request id=%s is given to language server %s after %d tokens: %s",
+            *(self._record.request_id, language.name, self._progress.num_tokens, failure.message),
+        )
+
+    async def _generate(self, language: LanguageWorker, request: ChatRequest) -> None:
         """One attempt on one language server: its tokens are relayed while the images are encoded."""
+        self._is_admitted = False
         with language.generate(request.generate, request.deadline.remaining()) as events:
-            admitted = await _wait_admitted(events)
-            record.admitted(admitted)
+            with self._search.watch():
+                admitted = await _wait_admitted(events)
+                if admitted.num_replayed_tokens != self._progress.num_tokens:
+                    raise Unavailable("a language server cannot go on with a reply")
+            self._is_admitted = True
+            self._record.admitted(admitted)
             try:
                 async with asyncio.TaskGroup() as group:
                     encoding = None
                     if admitted.missing:
-                        encoding = group.create_task(encode_missing(self._fleet, request, admitted, record))
-                    await _relay(events, request.num_choices, encoding, answer, record)
+                        encoding = group.create_task(encode_missing(self._fleet, request, admitted, self._record))
+                    with self._search.watch():
+                        await self._relay(events, encoding)
             except BaseExceptionGroup as errors:
                 raise cause_of(errors) from None
+
+    async def _relay(self, events: AsyncIterator[GenerateEvent], encoding: asyncio.Task[None] | None) -> None:
+        """Pass on what is said until every choice has ended and the server has ended the call."""
+        is_replay = self._record.has_first_token
+        async for event in events:
+            self._trial.passed()
+            if is_replay:
+                is_replay = False
+                metrics.REPLAYS.labels("ok").inc()
+            kind = event.WhichOneof("event")
+            if kind == "token":
+                self._record.token(event.token)
+                self._progress.token(event.token)
+                await self._answer.on_token(event.token)
+            elif kind == "finished":
+                await self._finish(event.finished, encoding)
+            else:
+                raise InternalError("a server admitted twice")
+        if not self._progress.is_done:
+            raise Unavailable("a language server ended a call early")
+
+    async def _finish(self, finished: Finished, encoding: asyncio.Task[None] | None) -> None:
+        self._record.choice_finished(finished)
+        self._progress.finished(finished)
+        if self._progress.is_done:
+            await _settle(encoding)
+            self._record.stage = "done"
+        await self._answer.on_finished(finished)
 
 
 async def _wait_admitted(events: AsyncIterator[GenerateEvent]) -> Admitted:
@@ -100,33 +172,6 @@ async def _wait_admitted(events: AsyncIterator[GenerateEvent]) -> Admitted:
             raise InternalError("a server answered before it admitted")
         return event.admitted
     raise Unavailable("a language server ended a call early")
-
-
-async def _relay(
-    events: AsyncIterator[GenerateEvent],
-    num_choices: int,
-    encoding: asyncio.Task[None] | None,
-    answer: Answer,
-    record: RequestRecord,
-) -> None:
-    """Pass tokens on until every choice has ended and the server has ended the call."""
-    num_open = num_choices
-    async for event in events:
-        kind = event.WhichOneof("event")
-        if kind == "token":
-            record.token(event.token)
-            await answer.on_token(event.token)
-        elif kind == "finished":
-            num_open -= 1
-            record.choice_finished(event.finished)
-            if num_open == 0:
-                await _settle(encoding)
-                record.stage = "done"
-            await answer.on_finished(event.finished)
-        else:
-            raise InternalError("a server admitted twice")
-    if num_open > 0:
-        raise Unavailable("a language server ended a call early")
 
 
 async def _settle(encoding: asyncio.Task[None] | None) -> None:

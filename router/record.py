@@ -62,35 +62,45 @@ class RequestRecord:
     encode_attempts: int = 0
     encoded: list[EncodeReply] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
-    first_token_at: float | None = None
+    num_replays: int = 0  # times that another language server went on with the reply
+    is_prompt_read: bool = False  # by the language server that has the request now: it has given a token
+    admitted_at: float | None = None  # the first time
+    first_token_at: dict[int, float] = field(default_factory=dict)
     last_token_at: dict[int, float] = field(default_factory=dict)
 
     @property
     def has_first_token(self) -> bool:
-        return self.first_token_at is not None
+        return bool(self.first_token_at)
 
     def admitted(self, admitted: Admitted) -> None:
-        """The language server has taken the request."""
+        """A language server has taken the request, or what is left of it."""
         self.num_prompt_tokens = admitted.num_prompt_tokens
-        self.stage = "vision" if admitted.missing else "language"
-        metrics.REQUEST_QUEUE_SECONDS.labels(self.kind).observe(self.age())
+        self.is_prompt_read = False
+        if self.has_first_token:
+            self.num_replays += 1
+        else:
+            self.stage = "vision" if admitted.missing else "language"
+        if self.admitted_at is None:
+            self.admitted_at = time.monotonic()
+            metrics.REQUEST_QUEUE_SECONDS.labels(self.kind).observe(self.age())
 
     def token(self, token: Token) -> None:
         """A token has come."""
         now = time.monotonic()
-        if self.first_token_at is None:
-            self.first_token_at = now
+        self.is_prompt_read = True
+        if not self.has_first_token:
             self.stage = "decode"
             metrics.TIME_TO_FIRST_TOKEN_SECONDS.labels(self.kind).observe(now - self.received_at)
         if token.choice in self.last_token_at:
             gap = now - self.last_token_at[token.choice]
             metrics.INTER_TOKEN_LATENCY_SECONDS.labels(self.kind).observe(gap)
+        self.first_token_at.setdefault(token.choice, now)
         self.last_token_at[token.choice] = now
         self.num_tokens += 1
 
     def choice_finished(self, finished: Finished) -> None:
         """One choice has ended."""
-        self.finished[finished.choice] = finished
+        self.finished[finished.choice] = self._across_servers(finished) if self.num_replays else finished
         metrics.REQUEST_SUCCESS.labels(finished.finish_reason).inc()
 
     def age(self) -> float:
@@ -142,12 +152,24 @@ class RequestRecord:
         else:
             self._count_success()
         stages = {key: value for key, value in self._stages().items() if value is not None}
+        if self.num_replays:
+            stages["replays"] = self.num_replays
         usage = self.usage()
         log.info(
             "request id=%s status=%d code=%s stage=%s prompt_tokens=%d completion_tokens=%d %s",
             *(self.request_id, status, code or "-", self.stage, usage["prompt_tokens"], usage["completion_tokens"]),
             " ".join(f"{key}={value}" for key, value in stages.items()),
         )
+
+    def _across_servers(self, finished: Finished) -> Finished:
+        """What several servers had a part in is timed here: to the last one, the reply began in the middle."""
+        whole = Finished()
+        whole.CopyFrom(finished)
+        first, last = self.first_token_at.get(finished.choice), self.last_token_at.get(finished.choice)
+        if first is not None and last is not None and self.admitted_at is not None:
+            whole.timings.prefill_ms = (first - self.admitted_at) * 1e3
+            whole.timings.decode_ms = (last - first) * 1e3
+        return whole
 
     def _stages(self) -> dict[str, Any]:
         vision = [reply.timings for reply in self.encoded]

@@ -51,4 +51,4 @@ async def _score(fleet: Fleet, image: ImageInput, deadline: Deadline) -> tuple[S
             raise InternalError("a server scored other tiles than it was asked for")
         return scores, vision.address
 
-    return await call_vision(fleet, image.image_hash, ask, param=image.param)
+    return await call_vision(fleet, image.image_hash, ask, param=image.param, num_tiles=image.num_tiles)

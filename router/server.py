@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from math import inf
 from typing import Final
 
 from starlette.routing import Route, Router
@@ -18,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from common.service import metrics
 from common.service.errors import AuthenticationFailed, HeadersTooLarge
 from protos import frame
-from router.admission import Admission
+from router.admission import Admission, AdmissionLimits, Places
 from router.api import system
 from router.api.chat import ChatEndpoint, draining
 from router.api.exchange import Exchange
@@ -39,16 +40,13 @@ class RouterServer:
 
     def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
-        self.fleet = Fleet(leave_timeout=settings.request_timeout)
+        self.fleet = Fleet(leave_timeout=settings.request_timeout, hedge_quantile=settings.hedge_quantile)
         self._discoveries = (
             Discovery("vision", settings.vision, settings.discovery_interval, self.fleet.set_vision),
             Discovery("language", settings.language, settings.discovery_interval, self.fleet.set_language),
         )
         self.models = ModelList(self.fleet, settings.served_model_name)
-        self.admission = Admission(
-            {"text": settings.max_num_queued_reqs, "image": settings.max_num_queued_image_reqs},
-            settings.max_held_body_bytes,
-        )
+        self.admission = Admission(_limits(settings), self._places)
         self.is_draining = False
         self._cut_off = asyncio.Event()
         self._keys = _Keys([key.get_secret_value() for key in settings.api_key])
@@ -100,6 +98,15 @@ class RouterServer:
         except TimeoutError:
             log.warning("the grace is over: %d requests are cut off", self.admission.num_running)
             self._cut_off.set()
+
+    def _places(self) -> Places:
+        """What the servers let wait together, as far as they have said."""
+        language = [worker.status for worker in self.fleet.language if worker.is_usable]
+        vision = [worker.status for worker in self.fleet.vision if worker.is_usable]
+        return Places(
+            requests=sum(status.language.max_num_waiting for status in language if status is not None),
+            tiles=sum(status.vision.max_queued_tiles for status in vision if status is not None),
+        )
 
     def _make_routes(self) -> list[Route]:
         chat = ChatEndpoint(self.fleet, self.models, self.admission, self.settings, self._cut_off)
@@ -154,6 +161,15 @@ class RouterServer:
         metrics.set_state("starting")
         metrics.REQUESTS_RUNNING.set_function(lambda: self.admission.num_running)
         metrics.REQUESTS_WAITING.labels("language").set_function(lambda: self.admission.num_waiting)
+
+
+def _limits(settings: RouterSettings) -> AdmissionLimits:
+    return AdmissionLimits(
+        max_waiting={"text": settings.max_num_queued_reqs, "image": settings.max_num_queued_image_reqs},
+        max_held_bytes=settings.max_held_body_bytes,
+        max_tokens=settings.max_num_queued_tokens,
+        max_wait=settings.max_queue_time or inf,
+    )
 
 
 class _Keys:

@@ -47,6 +47,12 @@ class RouterSettings(ServerSettings):
     tile_budget: Literal["per_image", "shared"] = Field(
         "per_image", description="tiles each image may have, or all images of a request together, by default"
     )
+    split_min_tiles: int = Field(
+        4,
+        ge=0,
+        description="a large image is divided among idle vision servers, each of which gets so many tiles at least;"
+        " 0: never",
+    )
     exif_orientation: bool = Field(False, description="turn images as their EXIF says; published models do not")
     vir_mode: Literal["off", "auto", "force64"] = Field(
         "auto", description="Flash models, by default: 256 tokens for every tile, as ViR decides, or 64"
@@ -72,9 +78,29 @@ class RouterSettings(ServerSettings):
     slow_reader_timeout: Seconds = Field(30.0, description="seconds a client may leave its answer unread")
 
     max_num_queued_reqs: Count = Field(1024, description="text-only requests waiting for their first token")
-    max_num_queued_image_reqs: Count = Field(512, description="image requests waiting for their first token")
+    max_num_queued_image_reqs: Count = Field(
+        512,
+        description="image requests waiting for their first token; never more, in requests and in tiles, than three"
+        " quarters of what the servers let wait",
+    )
+    max_num_queued_tokens: Count = Field(
+        2**20, description="prompt tokens of the text-only requests that wait, and of the image requests likewise"
+    )
+    max_queue_time: Seconds | None = Field(
+        None,
+        description="requests that would wait longer for their first token, in seconds and as far as can be told, are"
+        " refused; default: those that would miss their deadline",
+    )
     request_timeout: Seconds = Field(600.0, description="seconds a request may take in all")
     shutdown_timeout: Seconds = Field(60.0, description="seconds running requests get to end on shutdown")
+
+    hedge_quantile: float = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="an encode that takes longer than this share of the latest ones is begun on a second, idle vision"
+        " server as well; 0: never",
+    )
 
     enable_per_request_metrics: bool = Field(False, description="add stage times to every answer")
 

@@ -19,6 +19,7 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 SLOWEST: Final = (
+    "tests/faults/",
     "tests/deploy/cluster/test_cluster.py",
     "tests/end_to_end/",
     "tests/benchmarks/test_compare.py",
@@ -48,6 +49,8 @@ def _one_after_the_other(nodeid: str) -> str:
     module = nodeid.partition("::")[0]
     if module.startswith("tests/end_to_end/") and not any(name in module for name in OF_THEIR_OWN):
         return "nano"
+    if module.startswith("tests/faults/"):
+        return "faults"  # they share a system, and measure how soon others notice
     if module.endswith(("cluster/test_cluster.py", "cluster/test_local_head.py")):
         return "ray"  # a second Ray cluster would be too much for the machine
     return module

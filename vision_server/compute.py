@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from common.service import metrics
+from common.service import failpoints, metrics
 from common.service.errors import DvdError, InternalError, Overloaded, Unavailable
 from vision_server.batcher import Batcher, ImageId, TileGroup
 from vision_server.device_jobs import EncodedGroup, Group, ImageJob, ProjectionJob, SeenGroup, Times
@@ -161,18 +161,29 @@ class ComputeThread:
             self._batcher.resize(image, num_tiles)
 
     async def encode(
-        self, image: ImageId, tiles: Tiles, dtype: torch.dtype, kind: Kind = "features"
+        self,
+        image: ImageId,
+        tiles: Tiles,
+        dtype: torch.dtype,
+        kind: Kind = "features",
+        *,
+        offset: int = 0,
+        num_image_tiles: int | None = None,
     ) -> AsyncIterator[Group]:
         """Results of an admitted image, group by group in tile order, as soon as each is there.
 
         ``EncodedGroup`` in ``dtype``, or ``SeenGroup`` where ``kind`` is patches.
+
+        Args:
+            offset: number of the first of ``tiles``.
+            num_image_tiles: how many the image has, where ``tiles`` are not all.
 
         Raises:
             Overloaded: the device ran out of memory, also for a single tile.
             InternalError: the device failed on this image.
             Unavailable: the thread has died.
         """
-        job = ImageJob(kind, tiles, dtype)
+        job = ImageJob(kind, tiles, dtype, offset, num_image_tiles)
         if self.ended.done():
             raise _died()
         with self._wake:
@@ -314,6 +325,8 @@ class ComputeThread:
             return None
         tiles = [job.tiles[group.first_tile : group.first_tile + group.num_tiles] for group, job in parts]
         started = time.monotonic()
+        if failpoints.ARE_ON:
+            failpoints.hit("vision.batch")
         pending = self._encoder.launch(parts[0][1].kind, tiles)
         return _TileBatch(parts, pending, started)
 

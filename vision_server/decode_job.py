@@ -27,16 +27,38 @@ class MediaOptions:
     Args:
         exif_orientation: turn an image as its EXIF says; published models do not.
         num_frames: of a video, one tile each, whatever ``tiling`` says of grids; 0: an image.
+        first_tile: the tiles before it are made elsewhere.
+        num_tiles: likewise those after so many; 0: all from ``first_tile`` on are wanted.
     """
 
     tiling: Tiling
     exif_orientation: bool = False
     num_frames: int = 0
+    first_tile: int = 0
+    num_tiles: int = 0
 
     @property
     def max_tiles(self) -> int:
         """No medium becomes more, thumbnail included."""
         return self.num_frames or self.tiling.max_tiles + 1
+
+    @property
+    def max_wanted(self) -> int:
+        """Not more of them are wanted."""
+        return self.num_tiles or self.max_tiles
+
+    @property
+    def is_part(self) -> bool:
+        """Whether some tiles of the medium may not be wanted."""
+        return self.first_tile > 0 or self.num_tiles > 0
+
+    def wanted(self, num_tiles: int) -> range:
+        """Of a medium that becomes ``num_tiles``. Raises InvalidRequest if it has not all that are wanted."""
+        stop = self.first_tile + self.num_tiles if self.num_tiles else num_tiles
+        if not self.first_tile < stop <= num_tiles:
+            message = f"tiles {self.first_tile} to {stop - 1} are wanted of an image that has {num_tiles}"
+            raise InvalidRequest(message, param="first_tile")
+        return range(self.first_tile, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +83,29 @@ class Job:
     kind: Kind
     options: MediaOptions
 
-    _FORM = struct.Struct("<QB???HHIH")
+    _FORM = struct.Struct("<QB???HHIHHH")
 
     def pack(self) -> bytes:
         tiling, options = self.options.tiling, self.options
         return self._FORM.pack(
             self.number, self.kind, options.exif_orientation, tiling.use_thumbnail, tiling.dynamic,
             tiling.min_tiles, tiling.max_tiles, tiling.tile_size, options.num_frames,
+            options.first_tile, options.num_tiles,
         )  # fmt: skip
 
     @classmethod
     def unpack(cls, record: bytes) -> Self:
-        number, kind, exif, thumbnail, dynamic, low, high, side, num_frames = cls._FORM.unpack(record)
-        return cls(number, Kind(kind), MediaOptions(Tiling(low, high, thumbnail, side, dynamic), exif, num_frames))
+        number, kind, exif, thumbnail, dynamic, low, high, side, *counts = cls._FORM.unpack(record)
+        return cls(number, Kind(kind), MediaOptions(Tiling(low, high, thumbnail, side, dynamic), exif, *counts))
 
 
-_CODES: Final = ("", "invalid_image", "unsupported_media")
+_CODES: Final = ("", "invalid_image", "unsupported_media", "invalid_value")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job. ``code`` not empty: refused, and ``message`` says why."""
+    """What became of a job. ``num_tiles``: that the medium has, or that were made, as was asked. ``code`` not empty:
+    refused, and ``message`` says why."""
 
     number: int
     num_tiles: int = 0

@@ -48,6 +48,7 @@ class DecodePool:
         memory_bytes: one worker may take for one medium; default: what the largest image takes.
         seconds: of processor time for one medium.
         wall_seconds: on the clock; default: six times as many.
+        abandoned_seconds: on the clock for a medium whose caller has left; then the worker is replaced.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class DecodePool:
         memory_bytes: int | None = None,
         seconds: float = 10.0,
         wall_seconds: float | None = None,
+        abandoned_seconds: float = 0.5,
     ) -> None:
         self.num_workers = num_workers
         self._max_pixels = max_pixels
         self._memory_bytes = memory_bytes or memory_for(max_pixels, max_tiles)
         self._seconds = seconds
         self._wall_seconds = wall_seconds or _SLOWNESS * seconds
+        self._abandoned_seconds = abandoned_seconds
         self._workers: set[WorkerProcess] = set()
         self._free = _FreeWorkers()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -111,15 +114,16 @@ class DecodePool:
         self._workers.clear()
 
     async def measure(self, data: bytes, options: MediaOptions) -> int:
-        """How many tiles ``tiles`` will return; reads headers only. Raises InvalidRequest as ``tiles`` does."""
+        """How many tiles the medium has; reads headers only. Raises InvalidRequest as ``tiles`` does."""
         outcome, _ = await self._ask(Kind.MEASURE, data, options)
         return outcome.num_tiles
 
     async def tiles(self, data: bytes, options: MediaOptions) -> Tiles:
-        """All tiles of an image, or one for each frame of a video.
+        """The wanted tiles of an image, or of those that a video has, one for each frame.
 
         Raises:
-            InvalidRequest: ``invalid_image``: broken, too large, or more than a worker could bear.
+            InvalidRequest: ``invalid_image``: broken, too large, or more than a worker could bear. ``invalid_value``:
+                it has not all the tiles that are wanted.
                 ``unsupported_media``: a video in a container or codec that is not taken.
             Unavailable: workers do not come up.
         """
@@ -134,12 +138,22 @@ class DecodePool:
     async def _ask(self, kind: Kind, data: bytes, options: MediaOptions) -> tuple[Outcome, Tiles]:
         while True:
             worker = await self._free.take()
-            # A caller who leaves does not take the worker along: it finishes, and nobody reads its outcome.
             task = self._own(self._run(worker, kind, data, options))
             try:
                 return await asyncio.shield(task)
             except DiedIdle:
                 continue
+            except asyncio.CancelledError:
+                self._own(self._abandon(worker, task))
+                raise
+
+    async def _abandon(self, worker: WorkerProcess, task: asyncio.Task[tuple[Outcome, Tiles]]) -> None:
+        """Its caller has left. Most media are done in a moment, sooner than a new worker would be there; nobody reads
+        the outcome. At any other the worker would be busy for nobody."""
+        await asyncio.wait([task], timeout=self._abandoned_seconds)
+        if not task.done():
+            worker.is_abandoned = True
+            worker.kill()
 
     async def _run(
         self, worker: WorkerProcess, kind: Kind, data: bytes, options: MediaOptions
@@ -147,6 +161,8 @@ class DecodePool:
         try:
             return await worker.run(kind, data, options, self._wall_seconds)
         except WorkerLost as loss:
+            if worker.is_abandoned:
+                raise _unavailable() from None  # to nobody
             self.num_crashes += 1
             metrics.VISION_DECODER_CRASHES.inc()
             log.warning("a decode worker %s at a medium of %d bytes; it is replaced", loss, len(data))

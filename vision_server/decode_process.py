@@ -49,6 +49,7 @@ class WorkerProcess:
         self._numbers = count()
         self._is_killed = False
         self.is_filtered = False
+        self.is_abandoned = False  # ended because nobody waits for what it was at
 
     @classmethod
     async def start(cls, memory_bytes: int, max_pixels: int, seconds: float) -> Self:
@@ -114,7 +115,7 @@ class WorkerProcess:
             try:
                 source = await asyncio.to_thread(copy_of, data) if len(data) > _LARGE_BYTES else copy_of(data)
                 descriptors.callback(os.close, source)
-                target = room(options.max_tiles * tile_bytes)
+                target = room(options.max_wanted * tile_bytes)
                 descriptors.callback(os.close, target)
             except OSError:
                 raise _no_room() from None
@@ -140,8 +141,9 @@ class WorkerProcess:
             raise WorkerLost("spoke nonsense") from None
         if outcome.number == job.number and outcome.code:
             raise InvalidRequest(outcome.message, code=outcome.code)
-        makes_tiles = job.kind != Kind.PROBE
-        if outcome.number != job.number or (makes_tiles and not 1 <= outcome.num_tiles <= job.options.max_tiles):
+        options = job.options
+        most = {Kind.MEASURE: options.max_tiles, Kind.TILES: options.max_wanted}.get(job.kind)
+        if outcome.number != job.number or (most is not None and not 1 <= outcome.num_tiles <= most):
             raise WorkerLost("spoke nonsense")
         return outcome
 

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from itertools import islice
 from typing import Final
 
 import av
@@ -75,25 +76,28 @@ class DecodeWorker:
         image, tiling = open_image(data, max_pixels=self._max_pixels), job.options.tiling
         width, height = upright_size(image, exif_orientation=job.options.exif_orientation)
         num_tiles = count_tiles(width, height, tiling)
-        if job.kind == Kind.TILES:
-            rgb = decode(image, exif_orientation=job.options.exif_orientation)
-            make_tiles(rgb, tiling, _room(target, num_tiles, tiling.tile_size))
-        return num_tiles
+        if job.kind == Kind.MEASURE:
+            return num_tiles
+        wanted = job.options.wanted(num_tiles)
+        rgb = decode(image, exif_orientation=job.options.exif_orientation)
+        make_tiles(rgb, tiling, _room(target, len(wanted), tiling.tile_size), wanted)
+        return len(wanted)
 
     def _video(self, job: Job, data: bytes, target: int) -> int:
         num_frames, side = job.options.num_frames, job.options.tiling.tile_size
         if job.kind == Kind.MEASURE:
             video.probe(data, max_pixels=self._max_pixels)
             return num_frames
-        tiles, one_tile = _room(target, num_frames, side), Tiling(1, 1, use_thumbnail=False, tile_size=side)
-        shown = None
-        for number, frame in enumerate(video.sample_frames(data, num_frames, max_pixels=self._max_pixels)):
+        wanted, one_tile = job.options.wanted(num_frames), Tiling(1, 1, use_thumbnail=False, tile_size=side)
+        tiles, shown = _room(target, len(wanted), side), None
+        frames = video.sample_frames(data, num_frames, max_pixels=self._max_pixels)
+        for number, frame in enumerate(islice(frames, wanted.start, wanted.stop)):
             if frame is shown:
                 tiles[number] = tiles[number - 1]
             else:
                 tiles_of_pixels(frame, one_tile, tiles[number : number + 1])
             shown = frame
-        return num_frames
+        return len(wanted)
 
 
 def _room(target: int, num_tiles: int, side: int) -> Tiles:

@@ -4,6 +4,7 @@ Knows nothing of images or devices.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -11,10 +12,12 @@ from typing import Final, Protocol
 import torch
 from typing_extensions import Buffer
 
+from common.service import failpoints
 from common.service.errors import Cancelled, DvdError, InternalError, TransportFailed
 from protos.frame import FeatureDtypeName, FrameHeader, FrameRejected, pack_header, with_checksum
 from protos.status_pb2 import Endpoint
 from protos.vision_pb2 import EncodeRequest
+from vision_server import damage
 from vision_server.device_jobs import EncodedGroup
 
 _FRAME_BYTES: Final = 4 * 2**20
@@ -43,20 +46,21 @@ class Delivery:
     """Sends frames.
 
     Args:
-        fingerprint: of the checkpoint, carried by every frame.
         couriers: delivers frames; not owned.
-        timeout: seconds for one frame.
+        fingerprint: of the checkpoint, carried by every frame.
     """
 
-    def __init__(self, couriers: FrameCourier, fingerprint: bytes, timeout: float) -> None:
+    def __init__(self, couriers: FrameCourier, fingerprint: bytes) -> None:
         self._couriers = couriers
         self._fingerprint = fingerprint
-        self._timeout = timeout
 
     async def deliver(
-        self, request: EncodeRequest, dtype: FeatureDtypeName, groups: AsyncIterator[EncodedGroup]
+        self, request: EncodeRequest, dtype: FeatureDtypeName, groups: AsyncIterator[EncodedGroup], deadline: float
     ) -> Delivered:
         """Send each group the moment it is there; returns once every frame is acknowledged.
+
+        Args:
+            deadline: on the monotonic clock; a frame gets what is left when it is there.
 
         Raises:
             Cancelled: the language server no longer waits.
@@ -72,17 +76,20 @@ class Delivery:
                     delivered.tokens_per_tile += group.tokens_per_tile
                     delivered.num_bytes += group.num_bytes
                     for header, payload in self._frames(request, dtype, group):
-                        sends.append(tasks.create_task(self._send(request, header, payload)))
+                        sends.append(tasks.create_task(self._send(request, header, payload, deadline)))
         except ExceptionGroup as failures:
             ours = failures.subgroup(DvdError) or failures  # what failed first tells why, not what failed with it
             raise ours.exceptions[0] from None
         delivered.transport = sends[-1].result()
         return delivered
 
-    async def _send(self, request: EncodeRequest, header: FrameHeader, payload: memoryview) -> str:
+    async def _send(self, request: EncodeRequest, header: FrameHeader, payload: memoryview, deadline: float) -> str:
         packed = pack_header(with_checksum(header, payload), request.ticket)
         try:
-            return await self._couriers.send(request.deliver_to, packed, payload, self._timeout)
+            timeout = max(0.0, deadline - time.monotonic())
+            if failpoints.ARE_ON:
+                await damage.send_first(self._couriers, request, header, payload, timeout)
+            return await self._couriers.send(request.deliver_to, packed, payload, timeout)
         except FrameRejected as rejection:
             raise _refused(rejection.reason) from None
 

@@ -68,30 +68,40 @@ Group = EncodedGroup | SeenGroup
 
 
 class ImageJob:
-    """An image between decode and the last of its groups. One place in ``results`` for each tile, one for bad news."""
+    """An image between decode and the last of its groups. One place in ``results`` for each tile, one for bad news.
 
-    def __init__(self, kind: Kind, tiles: Tiles, dtype: torch.dtype) -> None:
+    Args:
+        tiles: those that are wanted, of all that the image has.
+        offset: number of the first of them.
+        num_image_tiles: how many the image has; default: no more than these.
+    """
+
+    def __init__(
+        self, kind: Kind, tiles: Tiles, dtype: torch.dtype, offset: int = 0, num_image_tiles: int | None = None
+    ) -> None:
         self.kind = kind
         self.tiles = tiles
         self.dtype = dtype
+        self.offset = offset
+        self.num_image_tiles = num_image_tiles or len(tiles)
         self.queued = time.monotonic()
         self.num_waiting = len(tiles)  # tiles not yet in a batch
         self.num_pending = len(tiles)  # tiles whose group is still to come
         self.results: asyncio.Queue[Group | DvdError] = asyncio.Queue(len(tiles) + 1)
 
-    def group(self, first_tile: int, result: Tensor | Seen, times: Times) -> Group:
-        """Of this job's part of a batch's result.
+    def group(self, first: int, result: Tensor | Seen, times: Times) -> Group:
+        """Of this job's part of a batch's result, from its tile number ``first`` on.
 
         Raises:
             InternalError: it holds NaN or infinity.
         """
         if isinstance(result, Seen):
             _check_finite(result.scores)
-            return SeenGroup(first_tile, len(self.tiles), result, times)
+            return SeenGroup(self.offset + first, self.num_image_tiles, result, times)
         _check_finite(result)
         tokens_per_tile = (result.shape[1],) * len(result)
         rows = result.to(self.dtype).flatten(0, 1)
-        return EncodedGroup(first_tile, len(self.tiles), tokens_per_tile, rows, times)
+        return EncodedGroup(self.offset + first, self.num_image_tiles, tokens_per_tile, rows, times)
 
 
 @dataclass(eq=False, slots=True)

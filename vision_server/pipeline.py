@@ -35,6 +35,14 @@ class Medium:
     options: MediaOptions
     key: bytes | None = None
 
+    def identity(self, kind: Kind, dtype: torch.dtype) -> Hashable:
+        """Equal where the same is to be computed of the same tiles.
+
+        Patches become rows, and take a dtype, only after they have left here: whoever asked for scores has them.
+        """
+        wanted = self.options.first_tile, self.options.num_tiles
+        return self.key, kind, None if kind == "patches" else dtype, wanted
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
@@ -66,8 +74,7 @@ class ImagePipeline:
         Entering, or reading the groups, raises InvalidRequest for an image that cannot be used, and what
         ``ComputeThread`` raises.
         """
-        # Patches become rows, and take a dtype, only after they have left here: whoever asked for scores has them.
-        key: Hashable = object() if medium.key is None else (medium.key, kind, None if kind == "patches" else dtype)
+        key: Hashable = object() if medium.key is None else medium.identity(kind, dtype)
         if (cached := self._cache.get(key) if medium.key is not None else None) is not None:
             place = self._compute.admit(is_encoded=True)
             try:
@@ -106,19 +113,24 @@ class ImagePipeline:
     ) -> AsyncIterator[Group]:
         image = self._compute.admit()
         held.callback(self._compute.release, image)
-        tiles = await self._decode(image, medium)
+        tiles, num_image_tiles = await self._decode(image, medium)
+        offset = medium.options.first_tile
         groups: list[Group] = []
-        async for group in self._compute.encode(image, tiles, dtype, kind):
+        async for group in self._compute.encode(
+            image, tiles, dtype, kind, offset=offset, num_image_tiles=num_image_tiles
+        ):
             groups.append(group)
             yield group
         if medium.key is not None:
             self._cache.put(key, groups)
 
-    async def _decode(self, image: ImageId, medium: Medium) -> Tiles:
-        """Header first: the image's cost is known, and may be refused, before a pixel is decoded."""
+    async def _decode(self, image: ImageId, medium: Medium) -> tuple[Tiles, int]:
+        """The wanted tiles, and how many the image has. Header first: the image's cost is known, and may be refused,
+        before a pixel is decoded."""
         try:
-            self._compute.resize(image, await self._decoder.measure(medium.data, medium.options))
-            return await self._decoder.tiles(medium.data, medium.options)
+            num_image_tiles = await self._decoder.measure(medium.data, medium.options)
+            self._compute.resize(image, len(medium.options.wanted(num_image_tiles)))
+            return await self._decoder.tiles(medium.data, medium.options), num_image_tiles
         except InvalidRequest as error:
             metrics.VISION_DECODE_REJECTED.labels(error.code).inc()
             raise

@@ -4,6 +4,7 @@ Everything that is wrong is refused here, before anything is spent, with the fie
 """
 
 import math
+from dataclasses import replace
 from typing import Final, Literal
 
 import torch
@@ -73,7 +74,8 @@ class RequestReader:
             raise InvalidRequest("deliver_to is empty", param="deliver_to")
         if request.attempt > _MAX_ATTEMPT:
             raise InvalidRequest(f"attempt must be at most {_MAX_ATTEMPT}", param="attempt")
-        return self._medium(request.image, request.tiling), _dtype(request.dtype), self._choice(request)
+        choice, options = self._choice(request), self._medium(request.image, request.tiling)
+        return self._part(request, options, choice), _dtype(request.dtype), choice
 
     def score(self, request: ScoreRequest) -> MediaOptions:
         """Raises InvalidRequest."""
@@ -105,6 +107,16 @@ class RequestReader:
             raise InvalidRequest(f"{limits}, got {low} and {high}", param="tiling")
         wanted = Tiling(low, high, tiling.use_thumbnail, model.tile_size, model.dynamic)
         return MediaOptions(wanted, exif_orientation=tiling.exif_orientation)
+
+    def _part(self, request: EncodeRequest, options: MediaOptions, choice: VirChoice) -> MediaOptions:
+        """What is wanted of the medium's tiles."""
+        first_tile, num_tiles = request.first_tile, request.num_tiles
+        if first_tile >= options.max_tiles or num_tiles > options.max_tiles - first_tile:
+            raise InvalidRequest(f"no more than {options.max_tiles} tiles are possible", param="first_tile")
+        wanted = replace(options, first_tile=first_tile, num_tiles=num_tiles)
+        if wanted.is_part and choice.needs_all_tiles:
+            raise InvalidRequest("with vir.scope IMAGE an image is encoded as a whole", param="first_tile")
+        return wanted
 
     def _choice(self, request: EncodeRequest | ExtractRequest) -> VirChoice:
         if self._config.flash is None:

@@ -32,18 +32,21 @@ _PILLOW: Final = int(PIL.__version__.partition(".")[0])
 Bytes = NDArray[np.uint8]
 
 
-def stretch(pixels: Bytes, cells: Bytes, columns: int) -> None:
+def stretch(pixels: Bytes, cells: Bytes, columns: int, rows: int | None = None, first_row: int = 0) -> None:
     """Stretch an image over a sheet of ``columns`` cells a row, and write the cells one behind the other.
 
     Args:
         pixels: [H, W, 4] contiguous and writable, though not written; the fourth byte of a pixel means nothing.
-        cells: [num_cells, S, S, 3] contiguous, top row of the sheet first; rows = num_cells / columns.
+        cells: [num_cells, S, S, 3] contiguous, top row of the sheet first.
+        rows: of the sheet; default: as many as ``cells`` fill.
+        first_row: ``cells`` are those from this row of the sheet on; the others are not computed.
     """
     assert pixels.flags.c_contiguous and cells.flags.c_contiguous
     height, width, _ = pixels.shape
     num_cells, side = cells.shape[:2]
-    out_width, out_height = side * columns, side * num_cells // columns
-    across, down = _weigh_axis(width, out_width), _weigh_axis(height, out_height)
+    wanted = slice(first_row * side, (first_row + num_cells // columns) * side)
+    out_width, out_height = side * columns, wanted.stop if rows is None else rows * side
+    across, down = _weigh_axis(width, out_width), _weigh_axis(height, out_height).part(wanted)
     edge = np.zeros((width + _PIXELS_AT_ONCE) * 4, np.uint8)
     row_bytes = 3 * out_width + 1  # the last pixel is stored as four
     flat, lines = pixels.reshape(-1), cells.reshape(num_cells, side, -1)
@@ -69,6 +72,10 @@ class _Axis(NamedTuple):
     firsts: NDArray[np.int64]
     counts: NDArray[np.int64]
     weights: NDArray[np.int32]  # [places, most pixels seen, rounded up to four], zero behind the last
+
+    def part(self, places: slice) -> "_Axis":
+        """Of neighbouring places."""
+        return _Axis(self.firsts[places], self.counts[places], self.weights[places])
 
 
 def _weigh_axis(size: int, out_size: int) -> _Axis:

@@ -17,7 +17,7 @@ from common.model.device import choose_device
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled
 from common.service.health import add_health
-from common.service.program import Progress
+from common.service.program import DRAIN_NOTICE_SECONDS, Progress
 from common.service.status import StatusBoard
 from common.transport.select import SenderPool
 from protos import frame, vision_pb2_grpc
@@ -91,7 +91,7 @@ class VisionServer:
             settings,
             self.config,
             ImagePipeline(self._decoder, self.compute, settings.feature_cache_bytes),
-            Delivery(courier or self._senders, fingerprint, settings.encode_timeout),
+            Delivery(courier or self._senders, fingerprint),
             self.board,
         )
         self._grpc = rpc.make_server()
@@ -131,6 +131,8 @@ class VisionServer:
             await self.compute.call(lambda: self.encoder.warm_up(self._batch_tiles))
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
+        if self.encoder.device.type == "cpu":
+            self.board.count_cpu_time(await self.compute.call(threading.get_ident))
         self.compute.start()
         self.board.state = WORKER_STATE_READY
         announce.write(
@@ -150,7 +152,7 @@ class VisionServer:
         self.board.state = WORKER_STATE_DRAINING
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout):
-                await self._servicer.drained()
+                await asyncio.gather(self._servicer.drained(), asyncio.sleep(DRAIN_NOTICE_SECONDS))
         except TimeoutError:
             log.warning("images still in work after %g s are dropped", self.settings.shutdown_timeout)
 

@@ -15,7 +15,7 @@ import grpc.aio
 import torch
 
 from common.model.config import InternVLConfig
-from common.service import metrics
+from common.service import failpoints, metrics
 from common.service.errors import DeadlineExceeded, DvdError, InvalidRequest, Unavailable
 from common.service.rpc import remaining_seconds
 from common.service.status import StatusBoard
@@ -92,8 +92,8 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
         self._idle.set()
 
     async def Encode(self, request: EncodeRequest, context: _Context) -> EncodeReply:
-        async with self._admitted(context):
-            return await self._encode(request)
+        async with self._admitted(context) as deadline:
+            return await self._encode(request, deadline)
 
     async def Score(self, request: ScoreRequest, context: _Context) -> ScoreReply:
         async with self._admitted(context):
@@ -129,14 +129,18 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
 
     # --- the way of one image
 
-    async def _encode(self, request: EncodeRequest) -> EncodeReply:
+    async def _encode(self, request: EncodeRequest, deadline: float) -> EncodeReply:
         journey = _Journey()
+        if failpoints.ARE_ON:
+            await failpoints.reach("vision.encode.before", request.image)
         options, dtype, choice = self._reader.encode(request)
         medium = Medium(request.image, options, request.image_hash)
         async with self._pipeline.enter(medium, self._kind, TORCH_DTYPE[dtype]) as passage:
             rows = _noted(self._rows(passage, self._kind, choice, TORCH_DTYPE[dtype]), journey)
-            delivered = await self._delivery.deliver(request, dtype, rows)
+            delivered = await self._delivery.deliver(request, dtype, rows, deadline)
         journey.acknowledged = time.monotonic()
+        if failpoints.ARE_ON:
+            await failpoints.reach("vision.encode.after", request.image)
         return _reply(delivered, passage, journey)
 
     @property
@@ -151,14 +155,15 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
     # --- around every call
 
     @asynccontextmanager
-    async def _admitted(self, context: _Context) -> AsyncIterator[None]:
-        """A call that may run: counted, and bounded by the caller's deadline or our own."""
+    async def _admitted(self, context: _Context) -> AsyncIterator[float]:
+        """A call that may run: counted, and bounded by the caller's deadline or our own, on the monotonic clock."""
         self._check_state()
         remaining = remaining_seconds(context)
+        seconds = self._settings.encode_timeout if remaining is None else remaining
         with self._counted():
             try:
-                async with asyncio.timeout(self._settings.encode_timeout if remaining is None else remaining):
-                    yield
+                async with asyncio.timeout(seconds):
+                    yield time.monotonic() + seconds
             except TimeoutError:
                 raise DeadlineExceeded("the image was not encoded in time") from None
 

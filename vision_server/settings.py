@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from common.service.program import ServerSettings
 from common.service.settings import Field
-from common.transport.registry import TRANSPORTS, TransportName
+from common.transport.registry import TransportChoice
 from vision_server.media import MAX_PIXELS
 
 
@@ -36,7 +36,9 @@ class VisionSettings(ServerSettings):
     compile: bool = Field(False, description="torch.compile the layers, on CUDA; on a CPU the tower's are fused")
     threads: int | None = Field(None, ge=1, description="CPU threads of one batch; default: torch's choice")
     nice: int = Field(0, ge=0, le=19, description="OS priority; 19: only on cores that nobody else wants at the moment")
-    transports: tuple[TransportName, ...] = Field(TRANSPORTS, description="ways to deliver features")
+    transports: tuple[TransportChoice, ...] = Field(
+        ("auto",), min_length=1, description="ways to deliver features; auto: all but nixl"
+    )
     encode_timeout: float = Field(60.0, gt=0, description="seconds for an image whose caller sets no deadline")
     shutdown_timeout: float = Field(60.0, gt=0, description="seconds to finish admitted images after SIGTERM")
 

@@ -125,6 +125,8 @@ class Unavailable(DvdError):
 class TransportFailed(Unavailable):
     """Feature frames do not get through to one peer."""
 
+    default_code = "transport_failed"
+
 
 class DeadlineExceeded(DvdError):
     http_status = 504
@@ -183,6 +185,11 @@ def from_grpc(error: grpc.RpcError) -> DvdError:
     if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
         return Unavailable("a server of ours cannot be reached")
     return InternalError(f"call ended with {status.name}")
+
+
+def was_raised_by_us(error: grpc.RpcError) -> bool:
+    """Whether a worker raised it; else gRPC says it of the connection."""
+    return _CODE_KEY in dict(error.trailing_metadata() or ())
 
 
 def to_http(error: DvdError) -> tuple[int, dict[str, Any], dict[str, str]]:

@@ -72,6 +72,7 @@ STATE = Gauge("dvd_state", "1 for the state the server is in.", ["state"], regis
 LOAD_SECONDS = Gauge("dvd_load_seconds", "Time from start to ready, by phase.", ["phase"], registry=_everywhere)
 CANCELLED = Counter("dvd_cancelled", "Work dropped because its caller left, by stage.", ["stage"], registry=_everywhere)
 AUTH_FAILURES = Counter("dvd_auth_failures", "Requests without a valid key.", ["channel"], registry=_everywhere)
+FAILPOINT_HITS = Counter("dvd_failpoint_hits", "Faults made on command (test builds).", ["name"], registry=_everywhere)
 
 # --- router
 HTTP_REQUESTS = Counter("dvd_http_requests", "Answered HTTP requests.", ["route", "method", "status"], registry=_router)
@@ -116,6 +117,27 @@ DISPATCH = Counter("dvd_dispatch", "Calls to servers.", ["tier", "server", "outc
 DISPATCH_RETRIES = Counter(
     "dvd_dispatch_retries", "Calls repeated on another server.", ["tier", "reason"], registry=_router
 )
+RETRY_BUDGET_EXHAUSTED = Counter(
+    "dvd_retry_budget_exhausted", "Calls not repeated, as too many were.", ["tier"], registry=_router
+)
+HEDGES = Counter("dvd_hedges", "Second attempts of slow encodes.", ["outcome"], registry=_router)
+LATE_RESULTS = Counter("dvd_late_results", "Results nobody waited for any more.", ["reason"], registry=_router)
+QUARANTINED_REQUESTS = Counter("dvd_quarantined_requests", "Refused for content that killed servers.", registry=_router)
+QUARANTINE_ENTRIES = Gauge("dvd_quarantine_entries", "Content that is refused.", registry=_router)
+CIRCUIT_STATE = Gauge(
+    "dvd_circuit_state", "0 in use, 1 on trial, 2 ejected as an outlier.", ["tier", "server"], registry=_router
+)
+HEARTBEAT_AGE_SECONDS = Gauge(
+    "dvd_heartbeat_age_seconds", "Since the last status.", ["tier", "server"], registry=_router
+)
+FAILURE_DETECTION_SECONDS = Histogram(
+    "dvd_failure_detection_seconds",
+    "Last sign of life of a server to its ejection.",
+    ["tier", "kind"],
+    buckets=_STAGE,
+    registry=_router,
+)
+REPLAYS = Counter("dvd_replays", "Replies whose language server was lost, by end.", ["outcome"], registry=_router)
 SERVERS = Gauge("dvd_servers", "Known servers by state.", ["tier", "state"], registry=_router)
 SERVER_EJECTIONS = Counter("dvd_server_ejections", "Servers dropped.", ["tier", "server", "reason"], registry=_router)
 DISCOVERY_FAILURES = Counter(
@@ -172,6 +194,10 @@ TRANSFER_FRAMES_REJECTED = Counter(
     "dvd_transfer_frames_rejected", "Frames that never reached the model.", [*_ENDS, "reason"], registry=_transfer
 )
 TRANSFER_RESERVATIONS = Gauge("dvd_transfer_reservations", "Feature reservations.", ["state"], registry=_transfer)
+TRANSFER_RESERVATIONS_EXPIRED = Counter(
+    "dvd_transfer_reservations_expired", "Reservations whose features did not come in time.", registry=_transfer
+)
+TRANSFER_SHM_SEGMENTS = Gauge("dvd_transfer_shm_segments", "Shared memory that this process maps.", registry=_transfer)
 TRANSFER_POOL_BYTES = Gauge("dvd_transfer_pool_bytes", "Feature memory.", ["state"], registry=_transfer)
 
 # --- language
@@ -207,7 +233,9 @@ LANGUAGE_PREFIX_CACHE_QUERIES = Counter(
     "dvd_language_prefix_cache_queries", "Prompt tokens looked up.", registry=_language
 )
 LANGUAGE_PREFIX_CACHE_HITS = Counter("dvd_language_prefix_cache_hits", "Prompt tokens found.", registry=_language)
-LANGUAGE_FEATURES_REUSED = Counter("dvd_language_features_reused", "Images not encoded again.", registry=_language)
+LANGUAGE_FEATURES_REUSED = Counter(
+    "dvd_language_features_reused", "Images not encoded again, by what was here.", ["source"], registry=_language
+)
 LANGUAGE_PLACEHOLDER_MISMATCH = Counter(
     "dvd_language_placeholder_mismatch", "Requests whose features and placeholders differ.", registry=_language
 )
@@ -242,7 +270,7 @@ def set_state(state: str) -> None:
 
 def forget_server(tier: str, server: str) -> None:
     """Drop the series of a server that has left, or whose name has changed."""
-    for family in (DISPATCH, SERVER_EJECTIONS):
+    for family in (DISPATCH, SERVER_EJECTIONS, CIRCUIT_STATE, HEARTBEAT_AGE_SECONDS):
         family.remove_by_labels({"tier": tier, "server": server})
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from common.service import failpoints
 from common.service import log as logs
 from common.service.errors import Cancelled, StartupError
 from common.service.settings import Field, Settings
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 EXIT_FAILURE: Final = 1
 EXIT_STARTUP: Final = 2
+
+DRAIN_NOTICE_SECONDS: Final = 0.25
+"""An idle server that drains still listens for so long: calls that were on their way when it said so are refused with a
+word that sends them elsewhere, not by a connection that breaks like that of a server that crashed."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -77,6 +82,7 @@ def run_program(
     with suppress(OSError):  # stderr is no file
         faulthandler.enable()  # native code that crashes leaves word of where
     try:
+        failpoints.check_build()
         settings = options.load(sys.argv[1:] if argv is None else argv)
         logs.configure(title, settings.log_level)
         with asyncio.Runner(loop_factory=loop_factory) as runner:

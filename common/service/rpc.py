@@ -9,12 +9,13 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 
 from common.service.errors import ConfigError, DvdError, InternalError, to_grpc
+from common.service.leases import Lease, LeasedChannel, Leases, add_leases
 from common.service.listen import check_free
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,14 @@ _SERVER_KEEPALIVE = [*_KEEPALIVE, ("grpc.http2.min_ping_interval_without_data_ms
 
 
 def make_server(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
-    """A server whose handlers may raise ``DvdError`` at any point of a call."""
-    return grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+    """A server whose handlers may raise ``DvdError`` at any point of a call, and cancels those of vanished callers."""
+    leases = Leases()
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor(leases)],
         options=[*_SERVER_KEEPALIVE, *_message_limits(max_message_bytes)],
     )
+    add_leases(server, leases)
+    return server
 
 
 def bind(server: grpc.aio.Server, listen: str) -> str:
@@ -65,6 +69,11 @@ def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) ->
     )
 
 
+def make_leased_channel(address: str) -> grpc.aio.Channel:
+    """A channel for callers whose calls must end when they vanish. Unary requests only, which is all that we have."""
+    return cast(grpc.aio.Channel, LeasedChannel(make_channel(address), make_channel(address)))
+
+
 def remaining_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
     """What is left of the caller's deadline; None when it set none."""
     remaining = context.time_remaining()
@@ -72,7 +81,11 @@ def remaining_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | No
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns ``DvdError`` into status and metadata, also after the first message of a stream."""
+    """Turns ``DvdError`` into status and metadata, also after the first message of a stream; calls end with the lease
+    of their caller."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
 
     async def intercept_service(
         self,
@@ -82,34 +95,37 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
+        lease = self._leases.of(handler_call_details.invocation_metadata)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+                _guard_unary(handler.unary_unary, lease), handler.request_deserializer, handler.response_serializer
             )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+                _guard_stream(handler.unary_stream, lease), handler.request_deserializer, handler.response_serializer
             )
         return handler
 
 
-def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _guard_unary(method: Callable[..., Awaitable[Any]], lease: Lease) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await method(request, context)
+            with lease():
+                return await method(request, context)
         except Exception as error:  # noqa: BLE001 - the seam: every failure becomes a status
             await _abort(context, error)
 
     return guarded
 
 
-def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
+def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]], lease: Lease) -> Callable[..., AsyncIterator[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
             # A caller may leave while a message is on its way: what the method holds goes back then, not at some time.
-            async with aclosing(method(request, context)) as messages:
-                async for message in messages:
-                    yield message
+            with lease():
+                async with aclosing(method(request, context)) as messages:
+                    async for message in messages:
+                        yield message
         except Exception as error:  # noqa: BLE001 - the seam: every failure becomes a status
             await _abort(context, error)
 
@@ -152,6 +168,7 @@ __all__ = [
     "ErrorInterceptor",
     "bind",
     "make_channel",
+    "make_leased_channel",
     "make_server",
     "remaining_seconds",
 ]

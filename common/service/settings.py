@@ -27,6 +27,8 @@ from pydantic_settings.exceptions import SettingsError
 from common.service.errors import ConfigError
 
 ENV_PREFIX = "DVD_"
+_FOR_TESTS = {"DVD_FAILPOINTS", "DVD_TEST_BUILD"}
+"""No options: ``common.service.failpoints`` decides on them when a server starts."""
 
 
 class Settings(BaseSettings):
@@ -83,7 +85,7 @@ def check_environment(programs: Iterable[type[Settings]], environ: Mapping[str, 
     Raises:
         ConfigError: names the variable and the nearest known one.
     """
-    known = {ENV_PREFIX + name.upper() for program in programs for name in program.model_fields}
+    known = {ENV_PREFIX + name.upper() for program in programs for name in program.model_fields} | _FOR_TESTS
     for name in environ if environ is not None else os.environ:
         if name.startswith(ENV_PREFIX) and name not in known:
             raise ConfigError(f"unknown variable {name}{_nearest(name, known)}")

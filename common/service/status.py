@@ -1,7 +1,10 @@
 """What a worker tells the routers: one board per process, read by any number of ``WatchStatus`` streams."""
 
 import asyncio
+import contextlib
 import secrets
+import sys
+import time
 from collections.abc import AsyncGenerator, Callable
 
 from common.service import metrics
@@ -17,6 +20,7 @@ from protos.status_pb2 import (
 )
 
 INTERVAL_SECONDS = 1.0
+_CPU_TICKS_PER_SECOND = 100
 _STATE_NAMES = {
     WORKER_STATE_STARTING: "starting",
     WORKER_STATE_READY: "ready",
@@ -50,6 +54,8 @@ class StatusBoard:
         self._incarnation = secrets.token_bytes(16)
         self._state: WorkerState = WORKER_STATE_STARTING
         self._progress = 0
+        self._clock: int | None = None
+        self._num_cpu_ticks = 0
         self._changed = asyncio.Event()
         metrics.MODEL_INFO.labels(fingerprint.hex()).set(1)
         metrics.set_state("starting")
@@ -70,6 +76,15 @@ class StatusBoard:
         """Called where the work is done, so that a stuck worker shows although its connection lives. Thread-safe."""
         self._progress += 1
 
+    def count_cpu_time(self, thread: int) -> None:
+        """What a thread (``threading.get_ident``) computes counts as progress, too.
+
+        For devices that are the CPU: there one step or layer of a large model may take seconds, and longer where others
+        have the cores. A thread that is stuck computes nothing.
+        """
+        if sys.platform == "linux":
+            self._clock = time.pthread_getcpuclockid(thread)
+
     def snapshot(self) -> WorkerStatus:
         """The message a router would get now."""
         status = WorkerStatus(
@@ -77,7 +92,7 @@ class StatusBoard:
             state=self._state,
             incarnation=self._incarnation,
             fingerprint=self._fingerprint,
-            progress=self._progress,
+            progress=self._progress + self._cpu_ticks(),
             model=self._model,
             metrics_address=self._metrics_address,
         )
@@ -87,6 +102,13 @@ class StatusBoard:
         else:
             status.language.CopyFrom(load)
         return status
+
+    def _cpu_ticks(self) -> int:
+        """Too coarse for a thread that sleeps, and now and then looks whether it may go on."""
+        if self._clock is not None:
+            with contextlib.suppress(OSError):  # the thread has ended
+                self._num_cpu_ticks = int(time.clock_gettime(self._clock) * _CPU_TICKS_PER_SECOND)
+        return self._num_cpu_ticks
 
     async def watch(self) -> AsyncGenerator[WorkerStatus, None]:
         """One message at once, then one a second and one at every change of state."""

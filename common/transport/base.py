@@ -75,14 +75,25 @@ class FeatureSender(Protocol):
         ...
 
 
+def place_frame(
+    sink: FrameSink, packed_header: Buffer, payload_bytes: int, memory: Buffer | None = None
+) -> tuple[FrameHeader, memoryview]:
+    """Where the payload of a frame goes, from its header and the length that the transport was told.
+
+    Raises:
+        FrameRejected: the header is none, contradicts that length, or the sink refuses it.
+    """
+    header = parse_header(packed_header)
+    if payload_bytes != header.payload_bytes:
+        raise FrameRejected("size", f"payload of {payload_bytes} bytes, header says {header.payload_bytes}")
+    return header, sink.place(header, packed_header, memory)
+
+
 def receive_frame(sink: FrameSink, packed_header: Buffer, payload: Buffer) -> str:
     """Hand one frame to the sink. Returns the verdict for the sender: ``ok``, ``duplicate`` or a rejection's reason."""
     try:
-        header = parse_header(packed_header)
         view = memoryview(payload).cast("B")
-        if len(view) != header.payload_bytes:
-            raise FrameRejected("size", f"payload of {len(view)} bytes, header says {header.payload_bytes}")
-        memory = sink.place(header, packed_header)
+        header, memory = place_frame(sink, packed_header, len(view))
         memory[:] = view
         sink.commit(header, memory, checksum(memory))
     except FrameRejected as rejection:

@@ -47,6 +47,14 @@ def new_socket_path(listen: str, transport: str) -> Path:
     return path
 
 
+def nth_port(listen: str, index: int) -> str:
+    """``host:port`` with the port ``index`` higher: one port cannot serve two transports. Port 0 and sockets stay."""
+    host, _, port = listen.rpartition(":")
+    if listen.startswith(PRIVATE_DIRECTORY) or not port.isdecimal() or int(port) == 0:
+        return listen
+    return f"{host}:{int(port) + index}"
+
+
 def remove_socket(address: str) -> None:
     """Remove the file of ``ipc:///path`` or ``unix:/path``; does nothing for other addresses, or when it is gone."""
     for scheme in ("ipc://", "unix:"):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing_extensions import Buffer
 
 from common.service import metrics
-from common.service.errors import ConfigError, TransportFailed
-from common.transport.registry import TRANSPORTS, make_sender
+from common.service.errors import TransportFailed
+from common.transport.registry import TransportChoice, can_reach, choose_transports, make_sender
 from common.transport.sender import BoundedSender, TransportLimits
 from protos.status_pb2 import Endpoint
 
@@ -27,7 +27,8 @@ class SenderPool:
     """One sender per address of any peer. Safe to use from many tasks at once.
 
     Args:
-        transports: those this side may use; a peer's endpoints of other kinds are passed over.
+        transports: those this side may use; a peer's endpoints of other kinds are passed over, as are those that say
+            themselves that they cannot be reached from here.
         max_senders: beyond it the longest unused sender is closed, never one that is sending.
         idle_seconds: a sender unused for this long is closed when another is asked for.
         retry_seconds: after a failure an address is tried last for this long, so that not every frame waits for it.
@@ -36,15 +37,13 @@ class SenderPool:
     def __init__(
         self,
         *,
-        transports: Iterable[str] = TRANSPORTS,
+        transports: Iterable[TransportChoice] = ("auto",),
         limits: TransportLimits | None = None,
         max_senders: int = 64,
         idle_seconds: float = 60.0,
         retry_seconds: float = 5.0,
     ) -> None:
-        self._transports = frozenset(transports)
-        if not self._transports or not self._transports <= set(TRANSPORTS):
-            raise ConfigError(f"transports must be some of {', '.join(TRANSPORTS)}")
+        self._transports = frozenset(choose_transports(transports))
         self._limits = limits or TransportLimits()
         self._max_senders = max_senders
         self._idle_seconds = idle_seconds
@@ -88,7 +87,7 @@ class SenderPool:
     def _in_order(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
         """The receiver's order, but those that failed lately last."""
         now = _now()
-        usable = [endpoint for endpoint in endpoints if endpoint.transport in self._transports]
+        usable = [each for each in endpoints if each.transport in self._transports and can_reach(each)]
         return sorted(usable, key=lambda endpoint: self._retry_at.get(_key(endpoint), 0.0) > now)
 
     async def _send_to(self, endpoint: Endpoint, packed_header: bytes, payload: Buffer, timeout: float) -> None:

@@ -30,8 +30,9 @@ class TransportLimits:
 
     max_frame_bytes: int = 64 * 2**20
     """Payload of one frame. 64 MiB are 32 tiles of 256 x 4096 bfloat16 features."""
-    max_inflight_bytes: int = 64 * 2**20
-    """Payload bytes sent to one peer and not yet acknowledged."""
+    max_inflight_bytes: int = 72 * 2**20
+    """Payload bytes sent to one peer and not yet acknowledged. Two images of 13 tiles x 256 x 5120 bfloat16, so that
+    one can be on the wire while the other is checked and acknowledged."""
     max_inflight_frames: int = 256
     connect_timeout: float = 2.0
     """Seconds. Short, because another transport may be tried after it."""

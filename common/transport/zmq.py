@@ -1,8 +1,9 @@
 """The feature plane over ZeroMQ: one ROUTER per language server, one DEALER per peer in a vision server.
 
 A frame is the message ``[sequence number, header, payload]``; the answer is ``[sequence number, verdict]``. Only the
-answer means delivery: a ZeroMQ send that returned says nothing about the peer. Payloads are not copied by the sender;
-the receiver copies once, into the sink's memory. Settings and their reasons: RELIABILITY.md section 6.
+answer means delivery: a ZeroMQ send that returned says nothing about the peer. Payloads are not copied on either side:
+the sink keeps them in the memory that ZeroMQ has received them into. Settings and their reasons: RELIABILITY.md
+section 6.
 
 Knows nothing of encryption. ZeroMQ bounds the bytes of a message part, not the number of parts, so a stranger who can
 connect can make it hold memory before any ticket is checked: bind to a private directory or a trusted network.
@@ -22,10 +23,11 @@ from zmq.utils.monitor import recv_monitor_message
 
 from common.service.errors import ConfigError, TransportFailed
 from common.service.listen import cannot_listen
-from common.transport.base import FrameSink, receive_frame
+from common.transport.base import FrameSink, place_frame, receive_frame
 from common.transport.listen import PRIVATE_DIRECTORY, check_host_port, new_socket_path, remove_socket
 from common.transport.meter import ReceiveMeter
 from common.transport.sender import BoundedSender, TransportLimits
+from protos.frame import FrameRejected, checksum
 from protos.status_pb2 import Endpoint
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,10 @@ _SCHEMES: Final = ("tcp://", "ipc://")
 _SEQUENCE: Final = struct.Struct("<Q")
 _HEARTBEAT_MS: Final = 1_000
 _HEARTBEAT_TIMEOUT_MS: Final = 3_000
+_SMALL_BYTES: Final = 64 * 2**10
+"""Up to here a payload is copied: ZeroMQ may have put it into one piece of memory with its neighbours."""
+_LARGE_BYTES: Final = 4 * 2**20
+"""From here on the event loop must not wait for a checksum."""
 _PATIENCE: Final = 5.0
 """Seconds for what should take none: a name look-up, the end of a cancelled task."""
 
@@ -108,7 +114,7 @@ class ZmqReceiver:
         if len(message) != 4 or len(message[1]) != _SEQUENCE.size:
             return self._meter.malformed()
         peer, sequence, header, payload = message
-        verdict = receive_frame(sink, header.buffer, payload.buffer)
+        verdict = await _receive(sink, header.buffer, payload.buffer)
         self._meter.received(verdict, len(payload))
         try:
             # Not waiting: a peer that never reads its answers must not hold up the others.
@@ -239,6 +245,19 @@ class ZmqSender(BoundedSender):
             if not pending.verdict.done():
                 pending.verdict.set_exception(TransportFailed(failure))
         self._pending.clear()
+
+
+async def _receive(sink: FrameSink, packed_header: memoryview, payload: memoryview) -> str:
+    """What ``receive_frame`` does, but a large payload stays in the memory where ZeroMQ has put it."""
+    if len(payload) <= _SMALL_BYTES:
+        return receive_frame(sink, packed_header, payload)
+    try:
+        header, memory = place_frame(sink, packed_header, len(payload), payload)
+        crc = await asyncio.to_thread(checksum, memory) if len(memory) > _LARGE_BYTES else checksum(memory)
+        sink.commit(header, memory, crc)
+    except FrameRejected as rejection:
+        return rejection.reason
+    return "ok"
 
 
 async def _numeric(address: str) -> str:

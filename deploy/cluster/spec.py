@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from common.service.errors import ConfigError
-from common.transport.registry import TRANSPORTS, TransportName
+from common.transport.registry import TransportChoice
 from deploy.cluster.mistakes import check_options, explain
 from deploy.cluster.tiers import TIERS, Tier
 from deploy.settings import EMBEDDED, NANO
@@ -160,7 +160,7 @@ class ClusterSpec(_Part):
     model: str
     served_model_name: list[str] = Field(default_factory=list)
     ray: RaySpec = Field(default_factory=RaySpec)
-    transports: tuple[TransportName, ...] = Field(default=TRANSPORTS, min_length=1)
+    transports: tuple[TransportChoice, ...] = Field(default=("auto",), min_length=1)
     api_keys: list[SecretStr] = Field(default_factory=list)
     api_key_file: Path | None = None
     insecure_network: bool = False

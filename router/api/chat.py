@@ -133,8 +133,10 @@ class ChatEndpoint:
         exchange.record.num_images, exchange.record.num_videos = media.images, media.videos
         exchange.record.kind = "image" if media.items else "text"
         exchange.record.is_flash = model.is_flash
-        with self._admission.enter(exchange.record.kind) as slot:
+        seconds_left = self._time_limit(exchange) - exchange.record.age()
+        with self._admission.enter(exchange.record.kind, seconds_left) as slot:
             request = await self._translate(exchange, parsed, model, is_large)
+            slot.weigh(request.num_prompt_tokens, exchange.record.num_tiles)
             answer = self._make_answer(exchange, parsed, slot, _ignored_header(ignored))
             del parsed  # likewise: it still holds every image in base64
             await self._pipeline.run(request, answer, exchange.record)
@@ -189,7 +191,7 @@ class ChatEndpoint:
         return self._fleet.model
 
     def _check_servers(self, media: MediaCount) -> None:
-        if not self._fleet.has_language or (media.items and not self._fleet.has_vision):
+        if not self._fleet.may_have("language") or (media.items and not self._fleet.may_have("vision")):
             raise _not_ready()
 
     def _time_limit(self, exchange: Exchange) -> float:

@@ -24,6 +24,7 @@ from common.service.errors import (
     NotFound,
     RequestReadTimeout,
     RequestTooLarge,
+    Unavailable,
     to_http,
 )
 from router.api import sse
@@ -103,6 +104,8 @@ class Exchange:
 
 def as_dvd_error(error: Exception) -> DvdError:
     """Any failure of a request as one of ours; the unexpected is logged and becomes ``InternalError``."""
+    if isinstance(error, Unavailable):
+        return Unavailable(error.message)  # why is not the client's business
     if isinstance(error, DvdError):
         return error
     if isinstance(error, HTTPException):

@@ -1,11 +1,16 @@
 """How tokens are chosen and when a reply ends: as the client says, else the checkpoint (API.md section 2)."""
 
+import secrets
+from typing import Final
+
 from common.service.errors import InvalidRequest
 from protos.language_pb2 import SamplingParams
 from protos.status_pb2 import ModelInfo
 from router.api.grammar import translate_grammar
 from router.api.schemas import ChatCompletionRequest
 from router.settings import RouterSettings
+
+_SEED_BITS: Final = 63
 
 
 def translate_sampling(request: ChatCompletionRequest, model: ModelInfo, settings: RouterSettings) -> SamplingParams:
@@ -31,7 +36,8 @@ def translate_sampling(request: ChatCompletionRequest, model: ModelInfo, setting
         repetition_penalty=_given(request.repetition_penalty, model.default_repetition_penalty or 1.0),
         presence_penalty=_given(request.presence_penalty, 0.0),
         frequency_penalty=_given(request.frequency_penalty, 0.0),
-        seed=request.seed,
+        # Drawn here, so that every language server that has a part in the reply draws the same tokens.
+        seed=secrets.randbits(_SEED_BITS) if request.seed is None else request.seed,
         n=num_choices,
         stop=stop,
         stop_token_ids=request.stop_token_ids or [],

@@ -13,6 +13,7 @@ from common.service.errors import InvalidRequest
 from protos.language_pb2 import GenerateRequest, ImageRef
 from protos.status_pb2 import ModelInfo
 from protos.vision_pb2 import VirOptions
+from router.affinity import prefix_key
 from router.api.layout import Layout
 from router.api.media_parts import Medium
 from router.api.messages import ReadMessage
@@ -78,7 +79,7 @@ def translate(
         raise InvalidRequest(message, param="chat_template_kwargs.enable_thinking")
     if generate.ByteSize() > MAX_PROMPT_BYTES:
         raise InvalidRequest("the prompt is far too long", code="context_length_exceeded", param="messages")
-    return ChatRequest(generate, images, origin.deadline, vir)
+    return ChatRequest(generate, images, origin.deadline, vir, prefix_key(generate), settings.split_min_tiles)
 
 
 def _identify(media: Sequence[Medium], vir: VirOptions | None, model: ModelInfo, scope: str) -> list[ImageInput]:

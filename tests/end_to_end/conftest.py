@@ -27,9 +27,9 @@ def serve(model: str, *, echo: Echo | None = None, **options: Any) -> Iterator[L
         yield deployment
 
 
-@pytest.fixture(scope="session", params=["zmq", "grpc"])
+@pytest.fixture(scope="session", params=["auto", "grpc"])
 def nano(request) -> Iterator[LocalDeployment]:
-    """The embedded checkpoint, once over each transport."""
+    """The embedded checkpoint, over the best transport of this machine and over the plainest."""
     with serve("nano", transports=[request.param], enable_per_request_metrics=True) as deployment:
         yield deployment
 

@@ -17,7 +17,7 @@ from language_server.server import LanguageServer
 from language_server.settings import LanguageSettings
 from protos import language_pb2_grpc
 from protos.frame import FrameHeader, pack_header, with_checksum
-from protos.language_pb2 import Admitted, Finished, GenerateRequest, ImageRef, SamplingParams, Token
+from protos.language_pb2 import Admitted, Continuation, Finished, GenerateRequest, ImageRef, SamplingParams, Token
 from tests.checkpoints import make_checkpoint
 from tests.language_server.messages import message
 
@@ -96,8 +96,9 @@ def _hf_part(part):
 _request_ids = itertools.count(1)
 
 
-def make_request(messages, images=(), *, output_token_ids=(), thinking=False, **sampling):
-    """A greedy request as a router would send it; ``messages`` may be the text of the only one."""
+def make_request(messages, images=(), *, output_token_ids=(), continuations=(), thinking=False, **sampling):
+    """A greedy request as a router would send it; ``messages`` may be the text of the only one, ``output_token_ids``
+    what a lost server said of the first choice."""
     messages = [message("user", messages)] if isinstance(messages, str) else messages
     values = {"max_tokens": 12, "top_p": 1.0, "repetition_penalty": 1.0, "n": 1, "skip_special_tokens": True}
     return GenerateRequest(
@@ -108,7 +109,7 @@ def make_request(messages, images=(), *, output_token_ids=(), thinking=False, **
             for image in images
         ],
         sampling=SamplingParams(**(values | sampling)),
-        output_token_ids=output_token_ids,
+        continuations=continuations or ([Continuation(output_token_ids=output_token_ids)] if output_token_ids else []),
         thinking=thinking,
     )
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from common.service import metrics
+from common.service.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded
 from common.transport.base import receive_frame
-from language_server.feature_image import FeatureLayout, ImageKey
+from language_server.feature_image import FeatureLayout, ImageKey, tile_hashes
 from language_server.features import FeatureStore
+from language_server.reservation import LeaseState
 from protos.frame import MAX_TILES, FrameHeader, FrameRejected, checksum, pack_header, with_checksum
 
 TOKENS, HIDDEN = 4, 3
@@ -102,19 +103,26 @@ async def test_what_a_flash_image_will_have_at_least_is_known_from_the_start():
     assert deliver(store, lease, *frame([1], first=2, of=3)) == "ok"
     assert (lease.tile_tokens, lease.min_num_tokens, lease.awaited) == ([[4, 4, 1], []], 9 + 1, {1})
     plain = await reserve(make_store(), [key("a", 3)])
-    assert (plain.tile_tokens, plain.min_num_tokens, plain.rows_hashes) == ([[4, 4, 4]], 12, [key("a").mm_hash])
+    assert (plain.tile_tokens, plain.min_num_tokens, plain.tile_hashes) == ([[4, 4, 4]], 12, [3 * [key("a").mm_hash]])
 
 
-async def test_a_flash_image_is_named_by_what_became_of_its_tiles():
+def test_a_flash_tile_is_named_by_what_became_of_it_and_of_those_before():
     """Encoded again it may have other rows under the same key: KV of the one must not be taken for the other's."""
     names = {}
-    for sizes in ([1, 4], [4, 1], [1, 4]):
-        store = make_store(layout=FLASH)
-        lease = await reserve(store, [key("a", 2)])
-        deliver(store, lease, *frame(sizes))
-        names.setdefault(tuple(sizes), set()).update(lease.rows_hashes)
-    assert [len(name) for name in names.values()] == [1, 1]
-    assert len({key("a").mm_hash, *names[1, 4], *names[4, 1]}) == 3
+    for sizes in ([1, 4, 4], [4, 1, 1], [1, 4, 1], [1, 4, 4]):
+        names[tuple(sizes)] = tile_hashes(key("a", 3), sizes, FLASH)
+    assert names[1, 4, 4][:2] == names[1, 4, 1][:2]
+    assert len({key("a", 3).mm_hash, *(name for own in names.values() for name in own)}) == 1 + 3 + 3 + 1
+
+
+async def test_tiles_have_names_as_they_come():
+    store = make_store(layout=FLASH)
+    lease = await reserve(store, [key("a", 3)])
+    assert (lease.tile_hashes, lease.num_known_tiles) == ([[]], [0])
+    deliver(store, lease, *frame([1, 4], of=3))
+    assert (lease.tile_hashes, lease.num_known_tiles) == ([tile_hashes(key("a", 3), [1, 4], FLASH)], [2])
+    deliver(store, lease, *frame([4], first=2))
+    assert (lease.tile_hashes, lease.num_known_tiles) == ([tile_hashes(key("a", 3), [1, 4, 4], FLASH)], [None])
 
 
 async def test_a_complete_flash_image_serves_the_next_request_with_the_same_tiles():
@@ -123,7 +131,7 @@ async def test_a_complete_flash_image_serves_the_next_request_with_the_same_tile
     deliver(store, first, *frame([1, 4, 1]))
     first.release()
     again = await reserve(store, [key("a", 3)], b"s" * 16)
-    assert (again.missing, again.tile_tokens, again.rows_hashes) == ({}, first.tile_tokens, first.rows_hashes)
+    assert (again.missing, again.tile_tokens, again.tile_hashes) == ({}, first.tile_tokens, first.tile_hashes)
     assert store.reserved_bytes == 6 * HIDDEN * 4
 
 
@@ -143,7 +151,7 @@ async def test_a_tile_that_is_kept_does_not_keep_its_whole_frame():
     lease = await reserve(store, [key("a", 4)])
     deliver(store, lease, *frame(3, first=1, of=4))
     deliver(store, lease, *frame(4, of=4, attempt=1))
-    image = lease._images[0]
+    image = lease.images[0]
     assert image.is_complete
     held = {tile.untyped_storage().data_ptr(): tile.untyped_storage().nbytes() for tile in image._prefix}
     assert sum(held.values()) == 4 * TILE_BYTES
@@ -160,7 +168,7 @@ async def check_attempts(data):
     num_tiles = data.draw(st.integers(1, 5))
     store = make_store(layout=FLASH)
     lease = await reserve(store, [key("a", num_tiles)])
-    image = lease._images[0]
+    image = lease.images[0]
     frames = [each for attempt in (0, 1) for each in draw_attempt(data, attempt, num_tiles)]
     events = data.draw(st.permutations([(each, kind) for each in 2 * frames for kind in ("place", "finish")]))
     placed: dict[FrameHeader, memoryview] = {}
@@ -186,7 +194,7 @@ async def check_attempts(data):
     assert lease.tile_tokens == [[len(tile) for tile in image._prefix]]
     assert all(old is None or len(old) == size for size, old in zip(lease.tile_tokens[0], expected, strict=True))
     assert store.reserved_bytes == image.num_bytes == sum(lease.tile_tokens[0]) * HIDDEN * 4
-    assert (store.num_awaited, len(image.pending)) == (0, 0)
+    assert (store.num_awaited, len(lease.deliveries[0].pending)) == (0, 0)
 
 
 def draw_attempt(data, attempt, num_tiles):
@@ -282,10 +290,23 @@ async def test_a_ready_tile_is_never_written_again():
 async def test_a_lower_attempt_is_stale_once_a_higher_one_has_begun():
     store = make_store()
     lease = await reserve(store, [key("a", 2)])
+    ahead, _ = frame(1, of=2, attempt=1)
+    store.place(ahead, pack_header(ahead, lease.missing[0]))
+    assert deliver(store, lease, *frame(1, of=2, attempt=0)) == "stale"
+    assert deliver(store, lease, *frame(2, attempt=0)) == "stale"  # one of its tiles is
     assert deliver(store, lease, *frame(1, of=2, attempt=1)) == "ok"
-    assert deliver(store, lease, *frame(1, first=1, attempt=0)) == "stale"
     assert deliver(store, lease, *frame(1, of=2, attempt=0)) == "duplicate"
-    assert deliver(store, lease, *frame(1, first=1, attempt=1)) == "ok"
+    assert not lease.is_complete
+
+
+async def test_tiles_from_another_server_have_attempts_of_their_own():
+    """The first half was sent again elsewhere; the second half still comes from its first server."""
+    store = make_store()
+    lease = await reserve(store, [key("a", 4)])
+    assert deliver(store, lease, *frame(2, of=4, attempt=3)) == "ok"
+    assert deliver(store, lease, *frame(1, first=2, of=4, attempt=0)) == "ok"
+    assert deliver(store, lease, *frame(1, first=3, of=4, attempt=1)) == "ok"
+    assert lease.is_complete
 
 
 async def test_a_late_writer_cannot_touch_what_is_ready():
@@ -380,16 +401,109 @@ async def test_equal_images_are_asked_for_once():
     assert sorted(again.missing) == [0]
 
 
-async def test_an_image_under_way_is_not_shared_between_requests():
-    """Its request may be cancelled, and with it the encoding the other would wait for."""
+async def test_requests_share_an_image_under_way_and_each_may_have_it_delivered():
+    """Whose request is cancelled takes its encoding with it; the other one's goes on."""
+    store = make_store()
+    first, second = await reserve(store, [key("a", 2)]), await reserve(store, [key("b"), key("a", 2)], b"s" * 16)
+    assert (sorted(first.missing), sorted(second.missing)) == ([0], [0, 1])
+    assert store.reserved_bytes == 3 * TILE_BYTES
+    assert deliver(store, first, *frame(1, of=2, attempt=2)) == "ok"
+    assert store.num_ready_tokens(b"s" * 16, 1) == TOKENS
+    first.release()
+    assert (store.reserved_bytes, store.num_awaited) == (3 * TILE_BYTES, 2)
+    # The other's attempts are counted apart.
+    assert deliver(store, second, *frame(1, of=2, image=1, request_id=b"s" * 16)) == "duplicate"
+    waiter = asyncio.create_task(second.wait_complete(10))
+    await asyncio.sleep(0)
+    assert deliver(store, second, *frame(1, first=1, image=1, request_id=b"s" * 16)) == "ok"
+    assert deliver(store, second, *frame(1, image=0, request_id=b"s" * 16)) == "ok"
+    await waiter
+    second.release()
+    assert (store.reserved_bytes, store.cached_bytes) == (0, 3 * TILE_BYTES)
+
+
+async def test_what_comes_for_one_request_completes_the_other():
     store = make_store()
     first, second = await reserve(store, [key("a")]), await reserve(store, [key("a")], b"s" * 16)
-    assert sorted(second.missing) == [0]
+    slow, _ = frame(1, request_id=b"s" * 16)
+    memory = store.place(slow, pack_header(slow, second.missing[0]))
+    waiter = asyncio.create_task(second.wait_complete(10))
+    await asyncio.sleep(0)
     assert deliver(store, first, *frame(1)) == "ok"
-    assert deliver(store, second, *frame(1, request_id=b"s" * 16)) == "ok"
-    first.release()
-    second.release()
-    assert (store.reserved_bytes, store.cached_bytes) == (0, TILE_BYTES)
+    await waiter
+    assert second.state is LeaseState.READY
+    with pytest.raises(FrameRejected, match="duplicate"):
+        store.commit(slow, memory, slow.payload_crc32c)
+
+
+async def test_an_image_whose_kv_is_held_needs_no_room_and_waits_behind_nobody():
+    store = make_store(num_tiles=2)
+    held = await reserve(store, [key("a", 2)])
+    line = asyncio.create_task(reserve(store, [key("b")], b"s" * 16))
+    await asyncio.sleep(0)
+    lease = store.try_reserve(b"t" * 16, [key("c", 2)], lifetime=60, computed={0: [TOKENS, TOKENS]})
+    assert lease.missing == {} and lease.is_complete and lease.tile_tokens == [[TOKENS, TOKENS]]
+    assert store.num_ready_tokens(b"t" * 16, 0) == 2 * TOKENS
+    with pytest.raises(InternalError):
+        store.rows(b"t" * 16, 0, 0, 1)
+    assert store.reserved_bytes == 2 * TILE_BYTES
+    assert store.try_reserve(b"u" * 16, [key("c"), key("d")], lifetime=60, computed={0: [TOKENS]}) is None
+    lease.release()
+    held.release()
+    (await line).release()
+    assert (store.reserved_bytes, store.num_waiting) == (0, 0)
+
+
+async def test_the_same_image_may_lie_in_the_cache_once_and_be_needed_once():
+    store = make_store()
+    lease = store.try_reserve(REQUEST, [key("a"), key("a")], lifetime=60, computed={0: [TOKENS]})
+    assert sorted(lease.missing) == [1]
+    header, rows = frame(1, image=0)
+    assert deliver(store, lease, header, rows, ticket=lease.missing[1]) == "ticket"
+    assert deliver(store, lease, *frame(1, image=1)) == "ok"
+    assert lease.is_complete
+
+
+async def test_what_became_of_a_flash_image_is_known_after_it_was_dropped():
+    store = make_store(num_tiles=3, layout=FLASH)
+    assert make_store().known_tiles(key("a", 2)) == [TOKENS, TOKENS]
+    assert store.known_tiles(key("a", 2)) is None
+    for name, sizes in (("a", [1, 4]), ("b", [4, 4, 4])):
+        lease = await reserve(store, [key(name, len(sizes))])
+        deliver(store, lease, *frame(sizes))
+        lease.release()
+    assert not store.has(key("a", 2)) and store.has(key("b", 3))
+    assert store.known_tiles(key("a", 2)) == [1, 4]
+    lease = store.try_reserve(REQUEST, [key("a", 2)], lifetime=60, computed={0: [1, 4]})
+    assert lease.tile_hashes == [tile_hashes(key("a", 2), [1, 4], FLASH)]
+
+
+async def test_a_reservation_of_which_nothing_comes_expires():
+    expired = metrics.TRANSFER_RESERVATIONS_EXPIRED._value.get()
+    store = make_store()
+    lease = await reserve(store, [key("a", 2)])
+    header, rows = frame(1, of=2)
+    memory = store.place(header, pack_header(header, lease.missing[0]))
+    with pytest.raises(DeadlineExceeded):
+        await lease.wait_complete(0.01)
+    assert metrics.TRANSFER_RESERVATIONS_EXPIRED._value.get() == expired + 1
+    # Its sequences may still be in the engine: the memory goes back with the lease. Its writer may still write.
+    assert (lease.state, store.reserved_bytes) == (LeaseState.EXPIRED, 2 * TILE_BYTES)
+    memory[:] = memoryview(rows.numpy()).cast("B")
+    with pytest.raises(FrameRejected, match="tombstone"):
+        store.commit(header, memory, checksum(memory))
+    assert deliver(store, lease, header, rows) == "tombstone"
+    with pytest.raises(DeadlineExceeded):
+        await lease.wait_complete(1)
+    lease.release()
+    assert (store.reserved_bytes, store.cached_bytes) == (0, 0)
+
+
+async def test_nobody_waits_longer_than_tickets_are_good():
+    lease = await reserve(make_store(), [key("a")], lifetime=0.01)
+    with pytest.raises(DeadlineExceeded):
+        await lease.wait_complete(100)
+    assert lease.state is LeaseState.EXPIRED
 
 
 async def test_kept_images_give_way_to_new_ones_oldest_first():
@@ -478,12 +592,11 @@ async def test_a_request_id_is_used_once_at_a_time():
     await reserve(store, [key("b")])
 
 
-async def test_waiting_for_features_ends():
+async def test_waiting_for_features_ends_with_the_last_tile():
     store = make_store()
     lease = await reserve(store, [key("a", 2)])
-    with pytest.raises(DeadlineExceeded):
-        await lease.wait_complete(0.01)
     waiter = asyncio.create_task(lease.wait_complete(10))
+    await asyncio.sleep(0)
     deliver(store, lease, *frame(1, of=2))
     await asyncio.sleep(0)
     assert not waiter.done()
@@ -497,84 +610,3 @@ async def test_the_engine_is_told_of_ready_tiles():
     lease = await reserve(store, [key("a")])
     deliver(store, lease, *frame(1))
     assert calls == [1]
-
-
-class Accounting(RuleBasedStateMachine):
-    """Any order of reserving, delivering, giving up and ending: the books balance, and end at zero."""
-
-    CAPACITY = 6
-
-    def __init__(self):
-        super().__init__()
-        self.loop = asyncio.new_event_loop()
-        self.store = make_store(self.CAPACITY, max_waiting=3)
-        self.open, self.tasks, self.count = {}, {}, 0
-
-    def run(self, coroutine):
-        return self.loop.run_until_complete(coroutine)
-
-    async def settle(self):
-        for _ in range(4):
-            await asyncio.sleep(0)
-        for request_id, task in list(self.tasks.items()):
-            if task.done():
-                del self.tasks[request_id]
-                if not task.cancelled() and task.exception() is None:
-                    self.open[request_id] = task.result()
-
-    @rule(images=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3)), max_size=3))
-    def request(self, images):
-        self.count += 1
-        request_id = self.count.to_bytes(16, "big")
-
-        async def start():
-            keys = [key(f"{name}{tiles}", tiles) for name, tiles in images]
-            self.tasks[request_id] = asyncio.create_task(reserve(self.store, keys, request_id, timeout=100))
-            await self.settle()
-
-        self.run(start())
-
-    @precondition(lambda self: any(lease.missing for lease in self.open.values()))
-    @rule(data=st.data())
-    def deliver(self, data):
-        request_id = data.draw(st.sampled_from([request for request, lease in self.open.items() if lease.missing]))
-        lease = self.open[request_id]
-        image = data.draw(st.sampled_from(sorted(lease.missing)))
-        num_tiles = lease._images[image].num_tiles
-        first = data.draw(st.integers(0, num_tiles - 1))
-        header, rows = frame(1, image=image, first=first, of=num_tiles, request_id=request_id)
-        assert deliver(self.store, lease, header, rows) in ("ok", "duplicate")
-        self.run(self.settle())  # a complete image may be what a waiting request lacked
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def end(self, data):
-        self.open.pop(data.draw(st.sampled_from(sorted(self.open)))).release()
-        self.run(self.settle())
-
-    @precondition(lambda self: self.tasks)
-    @rule(data=st.data())
-    def give_up(self, data):
-        self.tasks[data.draw(st.sampled_from(sorted(self.tasks)))].cancel()
-        self.run(self.settle())
-
-    @invariant()
-    def the_books_balance(self):
-        in_use = {id(image): image for lease in self.open.values() for image in lease._images}
-        assert self.store.reserved_bytes == sum(image.num_bytes for image in in_use.values())
-        assert self.store.num_awaited == sum(not image.is_complete for image in in_use.values())
-        assert self.store.reserved_bytes + self.store.cached_bytes <= self.CAPACITY * TILE_BYTES
-        assert self.store.num_waiting == len(self.tasks)
-
-    def teardown(self):
-        for task in self.tasks.values():
-            task.cancel()
-        self.run(self.settle())
-        for lease in self.open.values():
-            lease.release()
-        assert (self.store.reserved_bytes, self.store.num_waiting, self.store.num_awaited) == (0, 0, 0)
-        self.loop.close()
-
-
-TestAccounting = Accounting.TestCase
-TestAccounting.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

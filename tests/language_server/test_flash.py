@@ -186,15 +186,47 @@ async def test_the_same_image_again_is_neither_encoded_nor_computed(flash_system
 
 
 async def test_an_image_that_is_encoded_otherwise_takes_no_kv_of_what_it_was(start_flash, flash):
-    """Its features were dropped, its KV was not; the second time another tile was near the threshold."""
+    """Its features were dropped, its KV was not, all but the block in which another question begins; the second time
+    another tile was near the threshold."""
     otherwise = draw(9, 64, 256, 256, 64)
     otherwise.mm_hash = PHOTO.mm_hash
-    messages = [message("user", 0, "describe the image")]
     async with start_flash(feature_bytes=PHOTO.num_tokens * HIDDEN * 4) as system:
         for image in (PHOTO, draw(5, 256, 256, 256, 256), otherwise):  # the second one drives the first one out
+            messages = [message("user", 0, "what is it?" if image is otherwise else "describe the image")]
             reply = await system.generate(make_request(messages, [image]), [image])
             assert reply.admitted.missing
             assert reply.ids() == published_reply(flash, messages, [image])
+        await system.at_rest()
+
+
+async def test_a_flash_image_is_known_by_what_became_of_it(start_flash, flash):
+    messages = [message("user", 0, LONG)]
+    async with start_flash(feature_bytes=PHOTO.num_tokens * HIDDEN * 4) as system:
+        first = await system.generate(make_request(messages, [PHOTO]), [PHOTO])
+        big = draw(5, 256, 256, 256, 256)
+        await system.generate(make_request([message("user", 0, "x")], [big]), [big])
+        again = await system.generate(make_request(messages, [PHOTO]))
+        assert not again.admitted.missing
+        assert again.ids() == first.ids() == published_reply(flash, messages, [PHOTO])
+        usage = again.finished[0].usage
+        assert (usage.image_tokens, usage.saved_tokens) == (len(PHOTO.features), 2 * 192)
+        await system.at_rest()
+
+
+async def test_a_flash_image_behind_one_whose_kv_is_held_may_turn_out_otherwise(start_flash, flash):
+    """Its KV is not here any more, its sizes are known, and this time they are others."""
+    turns = [message("user", 0, LONG), message("assistant", "4"), message("user", 1, LONG)]
+    otherwise = draw(9, 256, 64)
+    otherwise.mm_hash = WIDE.mm_hash
+    async with start_flash(feature_bytes=6 * 256 * HIDDEN * 4) as system:
+        await system.generate(make_request(turns[:1], [PHOTO]), [PHOTO])
+        await system.generate(make_request([message("user", 0, "x")], [WIDE]), [WIDE])
+        big = draw(5, *[256] * 6)
+        await system.generate(make_request([message("user", 0, "x")], [big]), [big])  # drives both out
+        await system.at_rest()
+        reply = await system.generate(make_request(turns, [PHOTO, otherwise]), [PHOTO, otherwise])
+        assert [missing.image_index for missing in reply.admitted.missing] == [1]
+        assert reply.ids() == published_reply(flash, turns, [PHOTO, otherwise])
         await system.at_rest()
 
 
@@ -296,6 +328,42 @@ async def test_images_that_are_here_are_computed_while_the_next_one_is_awaited(f
     usage = reply.finished[0].usage
     computed = usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens - 1
     assert tokens_run() - before == computed
+
+
+@pytest.mark.parametrize("parts", [[0], video(0, 4)], ids=["image", "video"])
+async def test_tiles_are_computed_while_the_next_ones_are_awaited(flash_system, flash, parts):
+    messages = [message("user", LONG, *parts, "what?")]
+    request, before = make_request(messages, [CLIP]), tokens_run()
+    call = flash_system.open(request)
+    reply = Reply(admitted := (await call.read()).admitted)
+    await eventually(lambda: tokens_run() > before)
+    for tile in range(3):
+        so_far = tokens_run()
+        await flash_system.deliver(request, admitted, [CLIP], 0, tiles=[tile])
+        await eventually(lambda so_far=so_far: tokens_run() > so_far)
+    await flash_system.deliver(request, admitted, [CLIP], 0, tiles=[3])
+    for event in await rest_of(call):
+        reply.add(event)
+    assert reply.ids() == published_reply(flash, messages, [CLIP])
+    usage = reply.finished[0].usage
+    assert usage.cached_tokens == 0
+    assert tokens_run() - before == usage.prompt_tokens + usage.completion_tokens - 1
+
+
+async def test_with_a_barrier_nothing_is_computed_before_the_last_tile(start_flash, flash):
+    messages = [message("user", LONG, 0, "what?")]
+    async with start_flash(streamed_prefill=False) as system:
+        request, before = make_request(messages, [PHOTO]), tokens_run()
+        call = system.open(request)
+        reply = Reply(admitted := (await call.read()).admitted)
+        await system.deliver(request, admitted, [PHOTO], 0, tiles=[0, 1, 2])
+        await asyncio.sleep(0.2)
+        assert tokens_run() == before
+        await system.deliver(request, admitted, [PHOTO], 0, tiles=[3])
+        for event in await rest_of(call):
+            reply.add(event)
+        assert reply.ids() == published_reply(flash, messages, [PHOTO])
+        await system.at_rest()
 
 
 async def test_leaving_while_the_length_is_open_frees_everything(flash_system):

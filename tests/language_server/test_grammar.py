@@ -163,7 +163,7 @@ def test_replay_leads_to_the_same_place():
     assert allowed(state) == allowed(expected)
     with pytest.raises(InvalidRequest) as caught:
         COMPILER.compile(schema(POINT)).replay(TOKENIZER.encode("hello"))
-    assert caught.value.param == "output_token_ids"
+    assert caught.value.param == "continuations"
 
 
 def test_a_reply_header_comes_first():

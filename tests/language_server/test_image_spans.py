@@ -57,3 +57,35 @@ def test_a_video_is_asked_for_once_however_many_frames_it_has(num_ready):
     expected = 10 + 262 * frame + row if frame < 128 else None
     assert indexed.first_missing(5, count) == expected
     assert asked == [0]
+
+
+def test_the_whole_images_of_a_prefix_fill_their_blocks_alone():
+    spans = ImageSpans([ImageSpan(0, 2, 4, b"a"), ImageSpan(1, 9, 3, b"b"), ImageSpan(0, 14, 2, b"a", first_row=4)])
+    assert [spans.whole_end(end, 1) for end in (5, 12, 15, 16, 20)] == [0, 0, 0, 16, 16]
+    apart = ImageSpans([ImageSpan(0, 2, 4, b"a"), ImageSpan(1, 9, 3, b"b"), ImageSpan(2, 20, 3, b"c")])
+    assert [apart.whole_end(end, 1) for end in (5, 6, 11, 12, 22, 23)] == [0, 6, 6, 12, 12, 23]
+    # In blocks of 8, image 1 has rows in the block in which it begins behind text, and none beside image 0.
+    assert [apart.whole_end(end, 8) for end in (8, 16, 24)] == [6, 12, 23]
+    assert [apart.whole_end(end, 5) for end in (10, 15, 20)] == [0, 12, 12]  # one block would hold rows of both
+    assert ImageSpans().whole_end(100, 4) == 0
+
+
+@given(data=st.data(), block_size=st.integers(1, 6))
+def test_what_is_whole_is_whole(data, block_size):
+    """Against a slow definition: the longest prefix of whole blocks in which every image either lies or has no row."""
+    spans, position, rows = [], 0, {}
+    for index in data.draw(st.lists(st.integers(0, 3), max_size=6)):
+        position += data.draw(st.integers(0, 3))
+        size = data.draw(st.integers(1, 5))
+        spans.append(ImageSpan(index, position, size, b"x", first_row=rows.get(index, 0)))
+        rows[index] = rows.get(index, 0) + size
+        position += size
+    end = data.draw(st.integers(0, position // block_size + 1)) * block_size
+    whole = ImageSpans(spans).whole_end(end, block_size)
+    expected = 0
+    for stop in {span.end for span in spans if span.end <= end}:
+        blocks_end = -(-stop // block_size) * block_size
+        begun = {span.image_index for span in spans if span.start < blocks_end}
+        if all(span.end <= stop for span in spans if span.image_index in begun):
+            expected = max(expected, stop)
+    assert whole == expected

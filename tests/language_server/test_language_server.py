@@ -20,10 +20,9 @@ from language_server.engine import LanguageEngine
 from language_server.generation import Generation
 from language_server.grammar import GrammarCompiler
 from language_server.prompt import THINKING_MESSAGE
-from language_server.server import _nth_port
 from language_server.settings import LanguageSettings
 from protos.frame import FrameRejected
-from protos.language_pb2 import Choices, Grammar, ImageRef
+from protos.language_pb2 import Choices, Continuation, Grammar, ImageRef
 from protos.language_pb2_grpc import LanguageStub
 from protos.status_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_READY, WatchStatusRequest
 from tests.checkpoints import make_checkpoint
@@ -73,7 +72,7 @@ async def test_text_equals_the_undivided_model(system, checkpoint):
         assert not reply.admitted.missing
 
 
-@pytest.mark.parametrize("transport", ["zmq", "grpc"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "zmq", "grpc"])
 async def test_images_equal_the_undivided_model(start_system, checkpoint, images, transport):
     async with start_system(transports=(transport,)) as system:
         request = make_request([message("user", 0, 1, "describe the difference")], images[:2])
@@ -201,7 +200,11 @@ async def test_max_tokens_is_what_the_context_holds(start_system):
         (lambda request: request.sampling.logit_bias.update({1: float("nan")}), "logit_bias"),
         (lambda request: request.sampling.stop_token_ids.append(512), "stop_token_ids"),
         (lambda request: request.sampling.logit_bias.update({10**6: 1.0}), "logit_bias"),
-        (lambda request: request.output_token_ids.append(512), "output_token_ids"),
+        (lambda request: request.continuations.add(output_token_ids=[512]), "continuations[0]"),
+        (lambda request: request.continuations.add(output_token_ids=[4] * 13), "continuations[0]"),
+        (lambda request: request.continuations.add(choice=1), "continuations[0]"),
+        (lambda request: request.continuations.extend([Continuation(), Continuation()]), "continuations[1]"),
+        (lambda request: request.continuations.add(is_finished=True), "continuations"),
         (lambda request: request.images.append(ImageRef(mm_hash=bytes(32), max_num_tokens=256)), "messages"),
         (lambda request: setattr(request.messages[0], "role", "robot"), "messages[0].role"),
         (lambda request: request.ClearField("messages"), "messages"),
@@ -285,7 +288,7 @@ async def test_a_grammar_goes_on_where_a_lost_server_left_it(system):
         assert rest.ids() == whole.ids()[cut:]
         assert rest.finished[0].finish_reason == "stop"
     error = await failure(system.generate(make_request("describe", output_token_ids=[300], **request)))
-    assert (type(error), error.param) == (InvalidRequest, "output_token_ids")
+    assert (type(error), error.param) == (InvalidRequest, "continuations")
 
 
 async def test_stops_beside_a_grammar(system):
@@ -654,15 +657,3 @@ def test_what_the_operator_must_change_is_said(checkpoint, tmp_path, capsys):
     assert "--model" in capsys.readouterr().err
     assert main(["--model", str(checkpoint.path), "--max-model-len", "99999999"]) == 2
     assert "max_model_len" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("listen", "addresses"),
-    [
-        ("10.0.0.7:0", ["10.0.0.7:0", "10.0.0.7:0"]),
-        ("10.0.0.7:4100", ["10.0.0.7:4100", "10.0.0.7:4101"]),
-        ("unix-dir:/run/dvd:1", ["unix-dir:/run/dvd:1", "unix-dir:/run/dvd:1"]),
-    ],
-)
-def test_every_transport_has_an_address_of_its_own(listen, addresses):
-    assert [_nth_port(listen, index) for index in range(2)] == addresses

@@ -24,7 +24,13 @@ def builder(template="internvl2_5", system_message=None):
 
 def ids_of(prompt, *num_image_tokens):
     """Of a prompt in which each image has one tile of so many tokens."""
-    return prompt.lay_out([[count] for count in num_image_tokens], [bytes(32)] * len(num_image_tokens))[0]
+    return lay_out(prompt, [[count] for count in num_image_tokens])[0]
+
+
+def lay_out(prompt, tile_tokens, names=None):
+    """With the tiles of each image named alike."""
+    names = names or [bytes(32)] * len(tile_tokens)
+    return prompt.lay_out(tile_tokens, [[name] * len(sizes) for name, sizes in zip(names, tile_tokens, strict=True)])
 
 
 def expand(rendered, *num_image_tokens):
@@ -84,7 +90,7 @@ def test_text_is_tokenised_as_one_string_between_special_tokens(texts):
 
 def test_spans_name_the_placeholders():
     prompt = builder().build([message("user", 1, 0, "x")], [1, 1])
-    ids, spans = prompt.lay_out([[2], [3]], [b"a" * 32, b"b" * 32])
+    ids, spans = lay_out(prompt, [[2], [3]], [b"a" * 32, b"b" * 32])
     context = TOKENIZER.token_id("<IMG_CONTEXT>")
     assert [(span.image_index, span.num_tokens, span.mm_hash[:1]) for span in spans] == [(1, 3, b"b"), (0, 2, b"a")]
     for span in spans:
@@ -103,8 +109,8 @@ def test_a_block_of_the_whole_image_is_the_image():
     plain = builder().build([message("user", *parts)], [3])
     for whole in ([(0, 0, 0)], [(0, 0, 3)], [(0, 0, 1), (0, 1, 2)], [(0, 0, 2), (0, 2, 0)]):
         prompt = builder().build([message("user", "a", whole, "b")], [3])
-        ids, spans = prompt.lay_out([[4, 1, 4]], [bytes(32)])
-        assert ids == plain.lay_out([[4, 1, 4]], [bytes(32)])[0]
+        ids, spans = lay_out(prompt, [[4, 1, 4]])
+        assert ids == lay_out(plain, [[4, 1, 4]])[0]
         assert [row for _, first, number in rows_of(spans) for row in range(first, first + number)] == [*range(9)]
 
 
@@ -112,7 +118,7 @@ def test_frames_of_a_video_have_a_block_each():
     prompt = builder().build([message("user", *video(0, 3), "what happens?")], [3])
     rendered = "".join(f"Frame-{frame}: <IMG_CONTEXT>\n" for frame in (1, 2, 3))
     expected = f"<|im_start|>user\n{rendered}what happens?<|im_end|>\n<|im_start|>assistant\n"
-    ids, spans = prompt.lay_out([[4, 1, 4]], [b"v" * 32])
+    ids, spans = lay_out(prompt, [[4, 1, 4]], [b"v" * 32])
     assert ids == expand(expected, 4, 1, 4)
     assert rows_of(spans) == [(0, 0, 4), (0, 4, 1), (0, 5, 4)]
     assert {span.mm_hash for span in spans} == {b"v" * 32}
@@ -124,7 +130,7 @@ def test_frames_of_a_video_have_a_block_each():
 
 def test_combined_images_are_one_block():
     prompt = builder().build([message("user", [(0, 0, 0), (1, 0, 0)], "x", inline_images=True)], [2, 1])
-    ids, spans = prompt.lay_out([[2, 3], [4]], [bytes(32)] * 2)
+    ids, spans = lay_out(prompt, [[2, 3], [4]])
     assert ids == expand("<|im_start|>user\n<IMG_CONTEXT>x<|im_end|>\n<|im_start|>assistant\n", 9)
     assert rows_of(spans) == [(0, 0, 5), (1, 0, 4)]
     assert spans.first_missing(0, lambda image: [5, 1][image]) == ids.index(TOKENIZER.token_id("<img>")) + 1 + 6
@@ -133,11 +139,41 @@ def test_combined_images_are_one_block():
 def test_what_stands_before_an_image():
     messages = [message("user", "one", 0, "two", [(1, 0, 1)], "three", [(2, 0, 0), (1, 1, 1)])]
     prompt = builder().build(messages, [1, 2, 1])
-    whole, _ = prompt.lay_out([[2], [3, 4], [5]], [bytes(32)] * 3)
+    whole, _ = lay_out(prompt, [[2], [3, 4], [5]])
     for awaited, num_images in (({0, 1, 2}, 0), ({1}, 1), ({2}, 2), ({1, 2}, 1), (set(), 4)):
-        ids, spans = prompt.before(awaited).lay_out([[2], [3, 4], [5]], [bytes(32)] * 3)
+        known = [0 if image in awaited else None for image in range(3)]
+        ids, spans = lay_out(prompt.until(known), [[2], [3, 4], [5]])
         assert (ids, len(spans)) == (whole[: len(ids)], num_images)
         assert not awaited.intersection(span.image_index for span in spans)
+
+
+def test_what_stands_before_a_tile():
+    """Of frames that have come in pieces, and of an image in one."""
+    prompt = builder().build([message("user", "one", 0, *video(1, 3), "what?")], [3, 3])
+    sizes = [[2, 3, 4], [5, 1, 6]]
+    whole, _ = lay_out(prompt, sizes)
+    for known, rows in (
+        ([0, None], []),
+        ([2, None], [(0, 0, 5)]),
+        ([None, 0], [(0, 0, 9)]),
+        ([None, 2], [(0, 0, 9), (1, 0, 5), (1, 5, 1)]),
+        ([None, None], [(0, 0, 9), (1, 0, 5), (1, 5, 1), (1, 6, 6)]),
+    ):
+        of_known = [own if number is None else own[:number] for number, own in zip(known, sizes, strict=True)]
+        ids, spans = lay_out(prompt.until(known), of_known)
+        assert (ids, rows_of(spans)) == (whole[: len(ids)], rows)
+
+
+def test_tiles_of_different_names_have_spans_of_their_own():
+    prompt = builder().build([message("user", 0, "what?")], [4])
+    ids, spans = prompt.lay_out([[4, 1, 1, 4]], [[b"a", b"b", b"b", b"c"]])
+    assert [(span.first_row, span.num_tokens, span.mm_hash) for span in spans] == [
+        (0, 4, b"a"),
+        (4, 2, b"b"),
+        (6, 4, b"c"),
+    ]
+    assert [span.start for span in spans][1:] == [span.end for span in spans][:-1]
+    assert ids == lay_out(prompt, [[4, 1, 1, 4]])[0]
 
 
 def test_markers_add_no_newline():

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import io
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,9 +81,13 @@ class FakeWorker(abc.ABC):
         self.model = MODEL
         self.incarnation = secrets.token_bytes(16)
         self.is_silent = False  # a hang: the stream lives, nothing is sent
+        self.is_stuck = False  # a hang of the thread that computes: statuses come, and show no progress
+        self._progress = 0
+        self.is_dead = False  # after ``die``
         self.num_watching = 0  # status streams that are open
         self.address = ""
         self._server: grpc.aio.Server | None = None
+        self._dying: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
@@ -97,6 +101,12 @@ class FakeWorker(abc.ABC):
         server, self._server = self._server, None
         if server is not None:
             await server.stop(None)
+
+    async def die(self) -> None:
+        """In the middle of a call, which has no end then."""
+        self.is_dead = True
+        self._dying = asyncio.create_task(self.stop())
+        await asyncio.Event().wait()
 
     def change(self, **attributes: Any) -> None:
         """Set attributes and tell the routers."""
@@ -118,9 +128,11 @@ class FakeWorker(abc.ABC):
             self.num_watching -= 1
 
     def _status(self) -> WorkerStatus:
+        self._progress += not self.is_stuck
         status = WorkerStatus(
             name=self.name,
             state=self.state,
+            progress=self._progress,
             incarnation=self.incarnation,
             fingerprint=self.fingerprint,
             model=self.model,
@@ -180,19 +192,27 @@ class FakeLanguage(FakeWorker):
         self.fail_with: DvdError | None = None  # before Admitted
         self.fail_after: tuple[int, DvdError] | None = None  # after so many tokens
         self.break_after: int | None = None  # tokens, then the connection breaks
+        self.breaks_before_end = False  # with all tokens of a choice said, and not that it has ended
+        self.breaks_behind_end = False  # with everything said, and the call open
         self.words: list[str] | None = None  # said instead of the prompt
+        self.num_words: list[int] = []  # of each choice; empty: all say everything
         self.thoughts: list[str] = []  # before that, a token each
         self.held = ("", "")  # reasoning and text that come with the end
         self.breaking: asyncio.Task[None] | None = None
+        self.on_break: Callable[[], Awaitable[None]] = _at_once
+        self.num_said = 0  # tokens and ends
         self.at_admission = Gate()
         self.at_token = Gate()
         self.load = LanguageLoad()
         self.delivered: dict[bytes, asyncio.Future[bytes]] = {}  # ticket -> image
         self.resident: dict[bytes, bytes] = {}  # mm_hash -> image: not asked for again
         self.keeps_features = False  # whatever arrives becomes resident
+        self.is_old = False  # knows nothing of continuations
 
     async def Generate(self, request: lang.GenerateRequest, context: Any) -> AsyncIterator[lang.GenerateEvent]:
         self.requests.append(request)
+        if self.is_old:
+            request.ClearField("continuations")
         await self.at_admission.pass_through()
         if self.fail_with is not None:
             raise self.fail_with
@@ -211,6 +231,7 @@ class FakeLanguage(FakeWorker):
                 deliver_to=[Endpoint(transport="grpc", address=self.address)],
                 dtype=FEATURE_DTYPE_FLOAT32,
                 num_prompt_tokens=10 + sum(image.max_num_tokens for image in request.images),
+                num_replayed_tokens=sum(len(each.output_token_ids) for each in request.continuations),
             )
         )
         images = [await self.delivered[ticket] for ticket in tickets]
@@ -218,22 +239,48 @@ class FakeLanguage(FakeWorker):
             self.resident |= {image.mm_hash: data for image, data in zip(request.images, images, strict=True)}
         words = self.words if self.words is not None else read_aloud(request, images)
         pieces = [*((thought, "") for thought in self.thoughts), *(("", word) for word in words)]
-        for index, (thought, word) in enumerate(pieces):
+        async for event in self._say(request, pieces):
+            self.num_said += 1
+            yield event
+        if self.breaks_behind_end:
+            await self._break()
+
+    async def _say(
+        self, request: lang.GenerateRequest, pieces: list[tuple[str, str]]
+    ) -> AsyncIterator[lang.GenerateEvent]:
+        """Position by position, each choice in turn, what no server has said before."""
+        lengths = self.num_words or [len(pieces)] * request.sampling.n
+        heard = heard_of(request)
+        for index in range(max(lengths) + 1):
+            for choice in [choice for choice in heard if lengths[choice] == index]:
+                if self.breaks_before_end:
+                    await self._break()
+                del heard[choice]
+                yield self._end(request, choice, index)
+            speaking = [choice for choice in heard if heard[choice] <= index]
+            if not speaking:
+                continue
             await self.at_token.pass_through()
             if self.fail_after is not None and index == self.fail_after[0]:
                 raise self.fail_after[1]
             if index == self.break_after:
-                self.breaking = asyncio.create_task(self.stop())
-                await asyncio.Event().wait()
-            for choice in range(request.sampling.n):
+                await self._break()
+            for choice in speaking:
+                thought, word = pieces[index]
                 said = token(choice, index, thought or word, request.sampling)
                 said.reasoning, said.text = thought, word
                 yield lang.GenerateEvent(token=said)
-        for choice in range(request.sampling.n):
-            end = finished(choice, len(pieces), request.images, SAVED_TOKENS if self.model.is_flash else 0)
-            end.reasoning, end.text = self.held
-            end.usage.reasoning_tokens = len(self.thoughts)
-            yield lang.GenerateEvent(finished=end)
+
+    async def _break(self) -> None:
+        await self.on_break()
+        self.breaking = asyncio.create_task(self.stop())
+        await asyncio.Event().wait()
+
+    def _end(self, request: lang.GenerateRequest, choice: int, num_tokens: int) -> lang.GenerateEvent:
+        end = finished(choice, num_tokens, request.images, SAVED_TOKENS if self.model.is_flash else 0)
+        end.reasoning, end.text = self.held
+        end.usage.reasoning_tokens = len(self.thoughts)
+        return lang.GenerateEvent(finished=end)
 
     def _fill_load(self, status: WorkerStatus) -> None:
         status.language.CopyFrom(self.load)
@@ -250,6 +297,7 @@ class FakeVision(FakeWorker, vision_pb2_grpc.VisionServicer):
         self.languages = languages
         self.requests: list[EncodeRequest] = []
         self.failures: list[DvdError] = []  # raised by the next calls, in order
+        self.poison: bytes | None = None  # an image that kills
         self.score_requests: list[ScoreRequest] = []
         self.score_failures: list[DvdError] = []
         self.scores: Callable[[ScoreRequest], list[float]] = scores_of
@@ -264,6 +312,8 @@ class FakeVision(FakeWorker, vision_pb2_grpc.VisionServicer):
     async def Encode(self, request: EncodeRequest, context: Any) -> EncodeReply:
         self.requests.append(request)
         await self.at_encode.pass_through()
+        if request.image == self.poison:
+            await self.die()
         if self.failures:
             raise self.failures.pop(0)
         for language in self.languages:
@@ -298,6 +348,22 @@ class FakeVision(FakeWorker, vision_pb2_grpc.VisionServicer):
 
     def _register(self, server: grpc.aio.Server) -> None:
         vision_pb2_grpc.add_VisionServicer_to_server(self, server)
+
+
+def heard_of(request: lang.GenerateRequest) -> dict[int, int]:
+    """How much of each open choice another server has said. Ids are positions, so a gap or a repetition shows."""
+    heard = dict.fromkeys(range(request.sampling.n), 0)
+    for continuation in request.continuations:
+        ids = list(continuation.output_token_ids)
+        assert ids == list(range(len(ids))), f"choice {continuation.choice} was told {ids}"
+        heard[continuation.choice] = len(ids)
+        if continuation.is_finished:
+            del heard[continuation.choice]
+    return heard
+
+
+async def _at_once() -> None:
+    pass
 
 
 def num_tiles_of(image: bytes, tiling: TilingOptions) -> int:

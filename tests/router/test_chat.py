@@ -293,7 +293,15 @@ async def test_sampling_defaults_come_from_the_model_and_null_means_not_given(sy
     assert (sampling.top_k, sampling.repetition_penalty) == (20, pytest.approx(1.1))
     assert (sampling.n, sampling.max_tokens, list(sampling.stop)) == (1, 0, [])
     assert sampling.skip_special_tokens
-    assert not sampling.HasField("seed")
+
+
+async def test_a_seed_that_nobody_gave_is_drawn_once_a_request(system):
+    """By the router, so that every language server that has a part in the reply draws the same tokens."""
+    for _ in range(2):
+        await system.chat(n=2)
+    seeds = [request.sampling.seed for request in system.language.requests]
+    assert all(request.sampling.HasField("seed") for request in system.language.requests)
+    assert len(set(seeds)) == 2
 
 
 async def test_sampling_fields_reach_the_language_server(system):

@@ -168,7 +168,13 @@ async def test_lost_language_server_is_replaced_before_the_first_token():
         await system.until_idle()
 
 
-async def test_lost_language_server_after_the_first_token_is_an_error_event():
+@pytest.fixture
+def impatience(monkeypatch):
+    """Nobody waits for a lost server to come back."""
+    monkeypatch.setattr("router.language_search.PATIENCE_SECONDS", 0.2)
+
+
+async def test_language_servers_that_are_all_lost_after_the_first_token_are_an_error_event(impatience):
     async with running_system(num_language=2) as system:
         for language in system.languages:
             language.break_after = 1
@@ -179,7 +185,7 @@ async def test_lost_language_server_after_the_first_token_is_an_error_event():
         await system.until_idle()
 
 
-async def test_the_only_language_server_is_lost(system):
+async def test_the_only_language_server_is_lost(system, impatience):
     system.language.break_after = 0
     response = await system.chat()
     assert response.status_code == 503
@@ -187,7 +193,7 @@ async def test_the_only_language_server_is_lost(system):
     await system.until_idle()
 
 
-async def test_a_silent_server_loses_its_calls(monkeypatch):
+async def test_a_silent_server_loses_its_calls(monkeypatch, impatience):
     """A hang: the connection lives, no status comes. Its calls end now, not at their deadlines."""
     monkeypatch.setattr("router.workers.HEARTBEAT_TIMEOUT_SECONDS", 1.5)
     async with running_system() as system:
@@ -216,7 +222,8 @@ async def test_health_follows_the_servers(system):
     assert (await system.http.get("/health")).status_code == 200
 
 
-async def test_text_needs_no_vision_server(system):
+async def test_text_needs_no_vision_server(system, monkeypatch):
+    monkeypatch.setattr("router.fleet.RETURN_SECONDS", 0)
     system.vision.change(state=WORKER_STATE_DRAINING)
     await system.until(lambda: not system.router.fleet.has_vision)
     assert (await system.chat()).status_code == 200
@@ -293,7 +300,7 @@ async def test_admission_is_bounded_per_class():
             refused = await system.chat(**body)
             assert (refused.status_code, error_of(refused)["code"]) == (503, "overloaded")
             assert refused.headers["retry-after"] == "1"
-            assert refused.headers["retry-after-ms"] == "1000"
+            assert 750 <= int(refused.headers["retry-after-ms"]) <= 1250
         gate.is_open.set()
         assert {response.status_code for response in await asyncio.gather(*waiting)} == {200}
         assert (await system.chat()).status_code == 200

@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policy import elect_fingerprint, pick_language, pick_vision
+from router.policy import AFFINITY_SLACK, elect_fingerprint, pick_language, pick_vision
 
 NAMES = ("a", "b", "c", "d")
 loads = st.dictionaries(st.sampled_from(NAMES), st.integers(0, 1000))
@@ -17,19 +17,53 @@ def key(index: int) -> bytes:
 
 
 def test_no_servers():
-    assert pick_language(key(0), {}) is None
+    assert pick_language(key(0), key(1), {}) is None
     assert pick_vision(key(0), {}) is None
     assert elect_fingerprint(None, []) is None
 
 
-def test_language_goes_to_the_least_loaded():
-    assert pick_language(key(0), {"a": 3, "b": 1, "c": 2}) == "b"
+def test_equal_prefixes_meet_and_different_ones_share():
+    idle = dict.fromkeys(NAMES, 0)
+    assert len({pick_language(key(0), key(index), idle) for index in range(50)}) == 1
+    counts = Counter(pick_language(key(index), key(0), idle) for index in range(400))
+    assert min(counts[name] for name in NAMES) > 50
 
 
-def test_equally_loaded_language_servers_share():
-    counts = Counter(pick_language(key(index), dict.fromkeys(NAMES, 0)) for index in range(400))
-    assert set(counts) == set(NAMES)
-    assert min(counts.values()) > 50
+def test_a_prefix_stays_where_it_is_known_while_others_have_little_less_to_do():
+    favourite = pick_language(key(0), key(1), dict.fromkeys(NAMES, 0)) or ""
+    few = dict.fromkeys(NAMES, 0) | {favourite: AFFINITY_SLACK}
+    assert pick_language(key(0), key(1), few) == favourite
+    many = dict.fromkeys(NAMES, 100) | {favourite: 150}
+    assert pick_language(key(0), key(1), many) == favourite
+    for loads in (few | {favourite: AFFINITY_SLACK + 1}, many | {favourite: 152}):
+        assert pick_language(key(0), key(1), loads) != favourite
+
+
+def test_a_prefix_that_everybody_has_is_spread():
+    """A crowd with one prompt: no server gets much more than its share, however the crowd arrives."""
+    loads = dict.fromkeys(NAMES, 0)
+    for index in range(400):
+        loads[pick_language(key(0), key(index), loads) or ""] += 1
+    assert max(loads.values()) <= 1.5 * min(loads.values())
+
+
+def test_losing_a_language_server_moves_only_its_prefixes():
+    idle = dict.fromkeys(NAMES, 0)
+    before = {index: pick_language(key(index), key(0), idle) for index in range(200)}
+    del idle["b"]
+    after = {index: pick_language(key(index), key(0), idle) for index in range(200)}
+    assert all(after[index] == server for index, server in before.items() if server != "b")
+
+
+@given(loads, st.binary(min_size=1, max_size=32), st.binary(min_size=16, max_size=16), st.integers(1, 8))
+def test_language_is_a_function_of_what_is_known(known, prefix, request_id, cost):
+    """Whatever the order in which a router met its servers; and the overloaded favourite is left for less."""
+    chosen = pick_language(prefix, request_id, known, cost)
+    assert chosen == pick_language(prefix, request_id, dict(reversed(known.items())), cost)
+    assert (chosen is None) == (not known)
+    if chosen is not None and len(known) <= 3:  # both others were looked at
+        least = min(known.values())
+        assert known[chosen] + cost <= max(1.5 * (least + cost), least + cost + AFFINITY_SLACK)
 
 
 def test_equal_images_meet():
@@ -65,13 +99,23 @@ def test_an_overloaded_server_loses_its_images():
     assert pick_vision(key(1), busy) == other
 
 
-@given(loads, st.binary(min_size=32, max_size=32))
-def test_vision_always_finds_a_server_near_the_mean(known, image_hash):
-    chosen = pick_vision(image_hash, known)
+def test_the_tiles_of_the_image_itself_count():
+    favourite = pick_vision(key(1), {"a": 0, "b": 0}) or ""
+    other = "b" if favourite == "a" else "a"
+    known = {favourite: 12, other: 10}
+    assert pick_vision(key(1), known, num_tiles=1) == favourite
+    assert pick_vision(key(1), known, num_tiles=13) == other
+    assert pick_vision(key(1), {favourite: 0, other: 0}, num_tiles=13) == favourite
+
+
+@given(loads, st.binary(min_size=32, max_size=32), st.integers(1, 41))
+def test_vision_always_finds_a_server_near_the_mean(known, image_hash, num_tiles):
+    chosen = pick_vision(image_hash, known, num_tiles)
     if not known:
         assert chosen is None
     else:
-        assert known[chosen] * len(known) * 4 <= sum(known.values()) * 5
+        is_near = (known[chosen] + num_tiles) * len(known) * 4 <= (sum(known.values()) + num_tiles) * 5
+        assert is_near or known[chosen] == min(known.values())
 
 
 def test_fingerprint_sticks_while_anybody_has_it():

@@ -69,8 +69,12 @@ class FeatureSink:
 
     def tiles(self, request: EncodeRequest) -> list[torch.Tensor]:
         """All tiles of the image, ``[tokens, hidden]`` each; fails if one is missing."""
-        tiles = self._tiles[request.request_id, request.image_index]
+        tiles = self.tiles_by_number(request)
         return [tiles[number] for number in range(len(tiles))]
+
+    def tiles_by_number(self, request: EncodeRequest) -> dict[int, torch.Tensor]:
+        """Those tiles of the image that have come, in order."""
+        return dict(sorted(self._tiles[request.request_id, request.image_index].items()))
 
 
 def make_request(image: bytes, endpoints: Sequence[Endpoint], *, max_tiles: int = 12, **values: Any) -> EncodeRequest:

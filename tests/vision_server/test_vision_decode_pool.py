@@ -202,7 +202,7 @@ async def test_a_memory_bomb_costs_one_image(make_pool):
 
 async def test_who_leaves_does_not_disturb_the_next(make_pool):
     """The late outcome belongs to nobody; the worker is the same one."""
-    pool = await make_pool()
+    pool = await make_pool(abandoned_seconds=60)
     worker = pool.pids[0]
     for _ in range(3):
         leaving = asyncio.create_task(pool.tiles(SLOW, OPTIONS))
@@ -210,6 +210,19 @@ async def test_who_leaves_does_not_disturb_the_next(make_pool):
         leaving.cancel()
         assert np.array_equal(await pool.tiles(GOOD, OPTIONS), in_process(GOOD))
     assert pool.pids == [worker]
+
+
+async def test_nothing_is_decoded_for_long_for_nobody(make_pool):
+    """A worker that is busy for a caller who left is replaced; that is no crash."""
+    pool = await make_pool(abandoned_seconds=0.01)
+    worker = pool.pids[0]
+    leaving = asyncio.create_task(pool.tiles(SLOW, OPTIONS))
+    await at_work(worker)
+    os.kill(worker, signal.SIGSTOP)  # it will not be done in time on any machine
+    leaving.cancel()
+    assert np.array_equal(await pool.tiles(GOOD, OPTIONS), in_process(GOOD))
+    assert worker not in pool.pids
+    assert pool.num_crashes == 0
 
 
 async def test_who_leaves_the_queue_takes_no_worker(make_pool):

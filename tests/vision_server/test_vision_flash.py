@@ -130,6 +130,25 @@ async def test_frames_leave_early_where_a_tile_is_decided_alone(neighbourhood):
     assert [header.first_tile for header in near.sink.frames] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("options", [vir(scope=VIR_SCOPE_ABSOLUTE), vir(VIR_MODE_FORCE64)])
+async def test_an_image_is_divided_where_a_tile_is_decided_alone(neighbourhood, options):
+    near: Neighbourhood = await neighbourhood()
+    whole = near.request(encoded(picture(900, 900)), vir=options)
+    part = near.request(encoded(picture(900, 900)), vir=options, first_tile=1, num_tiles=3)
+    replies = [await near.encode(request) for request in (whole, part)]
+    assert list(replies[1].tokens_per_tile) == list(replies[0].tokens_per_tile)[1:4]
+    tiles = near.sink.tiles_by_number(part)
+    assert list(tiles) == [1, 2, 3]
+    assert_equal(list(tiles.values()), near.sink.tiles(whole)[1:4])
+
+
+async def test_an_image_whose_tiles_are_compared_is_not_divided(neighbourhood):
+    near: Neighbourhood = await neighbourhood()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await near.encode(near.request(encoded(picture(900, 900)), vir=vir(), first_tile=1))
+    assert from_grpc(failure.value).param == "first_tile"
+
+
 async def test_another_mode_of_a_cached_image_runs_no_tower(neighbourhood, monkeypatch):
     near: Neighbourhood = await neighbourhood()
     data, same = encoded(picture(900, 900)), bytes(32)

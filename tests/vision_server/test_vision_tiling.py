@@ -26,6 +26,16 @@ def test_tiles_equal_the_reference(size, low, high):
     assert len(tiles) == count_tiles(image.width, image.height, Tiling(low, high, use_thumbnail=True))
 
 
+@pytest.mark.parametrize("size", [(900, 900), (1000, 300), (300, 1000), (7, 1900), (2000, 1300)])
+def test_a_part_of_the_tiles_is_that_part(size):
+    """Whole rows of the grid, parts of rows, and the thumbnail with or without others."""
+    image, tiling = picture(*size), Tiling(1, 12, use_thumbnail=True)
+    tiles = make_tiles(image, tiling)
+    for first in range(len(tiles)):
+        for stop in range(first + 1, len(tiles) + 1):
+            assert np.array_equal(make_tiles(image, tiling, wanted=range(first, stop)), tiles[first:stop])
+
+
 def test_forty_tiles_and_a_thumbnail():
     tiles = make_tiles(picture(3840, 2160), Tiling(1, 40, use_thumbnail=True))
     assert tiles.shape == (29, 448, 448, 3)  # 7 x 4 and the thumbnail

@@ -1,6 +1,8 @@
 """A router hears from a worker at once, at every change of state, and otherwise at least once a second."""
 
 import asyncio
+import threading
+import time
 from contextlib import aclosing
 
 from common.service.status import StatusBoard
@@ -36,6 +38,32 @@ async def test_messages_keep_coming_and_show_progress():
         await anext(stream)
         shared.bump()
         assert (await asyncio.wait_for(anext(stream), 10)).progress == 1
+
+
+def test_a_thread_that_computes_makes_progress_and_one_that_sleeps_does_not():
+    shared = board()
+    stage = threading.Barrier(2)
+
+    def work() -> None:
+        stage.wait()
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
+            pass
+        stage.wait()
+        stage.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert thread.ident is not None
+    shared.count_cpu_time(thread.ident)
+    stage.wait()
+    stage.wait()
+    computed = shared.snapshot().progress
+    assert computed >= 10
+    assert shared.snapshot().progress == computed
+    stage.wait()
+    thread.join()
+    assert shared.snapshot().progress == computed
 
 
 async def test_a_restarted_worker_is_another_worker():

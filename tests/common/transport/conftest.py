@@ -1,28 +1,37 @@
-"""Each conformance test runs over every transport, on TCP and on a unix socket."""
+"""Each conformance test runs over every transport that this machine has, on TCP and on a unix socket if it has both."""
 
 import asyncio
 import contextlib
 import gc
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 import pytest
 
 from common.transport.base import FeatureReceiver
-from common.transport.grpc import GrpcSender
-from common.transport.registry import make_receiver
+from common.transport.registry import TRANSPORTS, TransportName, make_receiver, make_sender, why_unavailable
 from common.transport.sender import BoundedSender, TransportLimits
-from common.transport.zmq import ZmqSender
 from protos.status_pb2 import Endpoint
 from tests.common.transport.fakes import MemorySink, Relay, relayed
+from tests.common.transport.shm_relay import ShmRelay
+
+FAMILIES: Final = {"shm": ("unix",), "nixl": ("tcp",)}
+"""What a receiver listens on, of transports that do not take both kinds of address."""
+AVAILABLE: Final = [transport for transport in TRANSPORTS if not why_unavailable(transport)]
+WIRES: Final = [f"{name}-{family}" for name in AVAILABLE for family in FAMILIES.get(name, ("tcp", "unix"))]
+STREAMS: Final = [wire for wire in WIRES if not wire.startswith("nixl")]
+"""Those whose payload passes through a ``Relay``, which can damage it there."""
 
 
 @dataclass
 class Wire:
     """Makes receivers and senders of one kind; closes what a test leaves open."""
 
-    transport: str
+    transport: TransportName
     listen: str
     directory: str
     cleanup: contextlib.AsyncExitStack
@@ -35,13 +44,26 @@ class Wire:
         return await receiver.start(sink)
 
     def sender(self, endpoint: Endpoint, limits: TransportLimits | None = None) -> BoundedSender:
-        kind = ZmqSender if endpoint.transport == "zmq" else GrpcSender
-        sender = kind(endpoint.address, limits or TransportLimits())
+        sender = make_sender(endpoint.transport, endpoint.address, limits or TransportLimits())
         self.cleanup.push_async_callback(sender.close)
         return sender
 
-    async def relay(self, endpoint: Endpoint) -> tuple[Relay, Endpoint]:
+    async def process(self, role: str, where: str) -> asyncio.subprocess.Process:
+        """See ``peer_process``; killed at the end, if not before."""
+        command = (sys.executable, "-m", "tests.common.transport.peer_process", role, self.transport, where)
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        self.cleanup.push_async_callback(end, process)
+        return process
+
+    async def relay(self, endpoint: Endpoint) -> tuple[Relay | ShmRelay, Endpoint]:
         return await self.cleanup.enter_async_context(relayed(endpoint, self.directory))
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Kill a process, stopped or not, and wait until it is gone."""
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
 
 
 @pytest.fixture
@@ -62,7 +84,7 @@ async def clean_loop() -> AsyncIterator[None]:
     gc.collect()
 
 
-@pytest.fixture(params=["zmq-tcp", "zmq-unix", "grpc-tcp", "grpc-unix"])
+@pytest.fixture(params=WIRES)
 async def wire(request: pytest.FixtureRequest, private_directory: str, clean_loop: None) -> AsyncIterator[Wire]:
     transport, _, family = request.param.partition("-")
     listen = "127.0.0.1:0" if family == "tcp" else f"unix-dir:{private_directory}"

@@ -10,10 +10,13 @@ from typing_extensions import Buffer
 
 from protos.frame import FrameHeader, FrameRejected, checksum, is_signed_by, pack_header, with_checksum
 from protos.status_pb2 import Endpoint
+from tests.common.transport.shm_relay import ShmRelay
 
 FINGERPRINT = bytes(range(16))
 TICKET = b"t" * 32
 HIDDEN_SIZE = 64
+MIB = 2**20
+MIB_TOKENS = MIB // (2 * HIDDEN_SIZE)
 
 Key = tuple[bytes, int, int]  # request, image, first tile
 
@@ -87,6 +90,10 @@ class MemorySink:
             raise FrameRejected("checksum", "payload changed on its way")
         self.ready[key(header)] = bytes(payload)
 
+    def forget_unfinished(self) -> None:
+        """Let go of what was begun and not committed, as a feature store does when the request ends."""
+        self._open.clear()
+
 
 class Relay:
     """Stands between a sender and a receiver, on the same kind of address as the receiver's."""
@@ -100,6 +107,7 @@ class Relay:
         self._pumps: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._flip_at: int | None = None
+        self._cut_at: int | None = None
         self.num_connections = 0
         self.num_forwarded = 0  # bytes, both ways
 
@@ -125,6 +133,10 @@ class Relay:
         """In what is forwarded from now on, once."""
         self._flip_at = self.num_forwarded + num_bytes
 
+    def cut_after(self, num_bytes: int) -> None:
+        """Break the connections within what is forwarded from now on, once."""
+        self._cut_at = self.num_forwarded + num_bytes
+
     async def close(self) -> None:
         if self._server is not None:
             self._server.close()
@@ -139,6 +151,11 @@ class Relay:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
+        accepting = asyncio.current_task()
+        assert accepting is not None
+        self._pumps.add(accepting)
+        accepting.add_done_callback(self._pumps.discard)
+        self._writers.add(writer)
         _, path, host_port = _split(self._target.address)
         try:
             if path:
@@ -149,7 +166,7 @@ class Relay:
         except OSError:
             writer.close()
             return
-        self._writers |= {writer, there[1]}
+        self._writers.add(there[1])
         for source, target in ((reader, there[1]), (there[0], writer)):
             pump = asyncio.create_task(self._pump(source, target))
             self._pumps.add(pump)
@@ -159,10 +176,18 @@ class Relay:
         with contextlib.suppress(OSError):
             while data := await source.read(2**16):
                 await self._running.wait()
+                if self._cut_at is not None and self._cut_at < self.num_forwarded + len(data):
+                    target.write(data[: max(0, self._cut_at - self.num_forwarded)])
+                    self._cut_at = None
+                    for writer in self._writers:
+                        writer.transport.abort()
+                    break
                 target.write(self._maybe_flip(data))
                 self.num_forwarded += len(data)
                 await target.drain()
-        target.close()
+        while target.transport.get_write_buffer_size():
+            await asyncio.sleep(0.005)
+        target.transport.abort()  # unlike close, harmless when it comes twice
 
     def _maybe_flip(self, data: bytes) -> bytes:
         if self._flip_at is None or self._flip_at >= self.num_forwarded + len(data):
@@ -173,8 +198,8 @@ class Relay:
 
 
 @contextlib.asynccontextmanager
-async def relayed(endpoint: Endpoint, directory: str) -> AsyncIterator[tuple[Relay, Endpoint]]:
-    relay = Relay(endpoint, directory)
+async def relayed(endpoint: Endpoint, directory: str) -> AsyncIterator[tuple[Relay | ShmRelay, Endpoint]]:
+    relay = ShmRelay(endpoint) if endpoint.transport == "shm" else Relay(endpoint, directory)
     try:
         yield relay, await relay.start()
     finally:

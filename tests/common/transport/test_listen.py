@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.service.errors import ConfigError
-from common.transport.listen import check_host_port, new_socket_path
+from common.transport.listen import check_host_port, new_socket_path, nth_port
 from common.transport.registry import make_receiver
 from tests.common.transport.fakes import MemorySink
 
@@ -27,6 +27,18 @@ def test_wildcards_are_refused(listen: str):
 def test_what_is_no_address(listen: str):
     with pytest.raises(ConfigError, match="host:port"):
         check_host_port(listen)
+
+
+@pytest.mark.parametrize(
+    ("listen", "addresses"),
+    [
+        ("10.0.0.7:0", ["10.0.0.7:0", "10.0.0.7:0"]),
+        ("10.0.0.7:4100", ["10.0.0.7:4100", "10.0.0.7:4101"]),
+        ("unix-dir:/run/dvd:1", ["unix-dir:/run/dvd:1", "unix-dir:/run/dvd:1"]),
+    ],
+)
+def test_every_transport_has_an_address_of_its_own(listen: str, addresses: list[str]):
+    assert [nth_port(listen, index) for index in range(2)] == addresses
 
 
 def test_the_directory_is_made_private_and_names_are_fresh(tmp_path: Path):
@@ -56,7 +68,7 @@ def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("clean_loop")
-@pytest.mark.parametrize("transport", ["zmq", "grpc"])
+@pytest.mark.parametrize("transport", ["tcp", "zmq", "grpc"])
 async def test_a_taken_port_is_a_config_error(transport: str):
     first = make_receiver(transport, "127.0.0.1:0")
     port = (await first.start(MemorySink())).address.rpartition(":")[2]
@@ -68,7 +80,7 @@ async def test_a_taken_port_is_a_config_error(transport: str):
 
 
 @pytest.mark.usefixtures("clean_loop")
-@pytest.mark.parametrize("transport", ["zmq", "grpc"])
+@pytest.mark.parametrize("transport", ["tcp", "zmq", "grpc"])
 async def test_an_address_of_another_machine_is_a_config_error(transport: str):
     receiver = make_receiver(transport, "192.0.2.1:0")
     with pytest.raises(ConfigError, match="cannot listen"):
@@ -77,7 +89,7 @@ async def test_an_address_of_another_machine_is_a_config_error(transport: str):
 
 
 @pytest.mark.usefixtures("clean_loop")
-@pytest.mark.parametrize("transport", ["zmq", "grpc"])
+@pytest.mark.parametrize("transport", ["tcp", "zmq", "grpc"])
 async def test_the_socket_is_a_file_until_close(transport: str, private_directory: str):
     receiver = make_receiver(transport, f"unix-dir:{private_directory}")
     endpoint = await receiver.start(MemorySink())

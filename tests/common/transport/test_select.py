@@ -17,7 +17,7 @@ from common.transport.sender import TransportLimits
 from common.transport.zmq import ZmqReceiver
 from protos.frame import FrameRejected
 from protos.status_pb2 import Endpoint
-from tests.common.transport.fakes import MemorySink, make_frame, relayed
+from tests.common.transport.fakes import MIB, MIB_TOKENS, MemorySink, key, make_frame, relayed
 
 SECONDS = 20.0
 
@@ -122,6 +122,40 @@ async def test_a_transport_that_dies_under_load_loses_no_frame(peer: Peer, priva
         await relay.close()
         assert set(await asyncio.gather(*sends)) == {"grpc"}
     assert len(peer.sink.ready) == 60
+
+
+async def test_shared_memory_that_breaks_in_flight_loses_no_frame_and_is_used_again(private_directory: str):
+    """Frames under way when the socket of ``shm`` is cut arrive by the next transport; later ones by ``shm`` again."""
+    peer = Peer()
+    shm_endpoint = await peer.listen("shm")
+    others = [await peer.listen(transport) for transport in ("tcp", "zmq")]
+    async with relayed(shm_endpoint, private_directory) as (relay, endpoint), pool_of(retry_seconds=0.5) as pool:
+        endpoints = [endpoint, *others]
+        frames = [make_frame(number=number, num_tokens=4 * MIB_TOKENS) for number in range(20)]
+        _, packed, payload = frames[0]
+        assert await pool.send(endpoints, packed, payload, SECONDS) == "shm"
+        relay.cut_after(20 * MIB)
+        sends = [pool.send(endpoints, packed, payload, SECONDS) for _, packed, payload in frames]
+        carried_by = await asyncio.gather(*sends)
+        assert set(carried_by) <= {"shm", "tcp"} and "tcp" in carried_by
+        assert peer.sink.ready == {key(header): payload for header, _, payload in frames}
+
+        async with asyncio.timeout(SECONDS):
+            number = 100
+            while await pool.send(endpoints, *make_frame(number=number)[1:], SECONDS) != "shm":
+                number += 1
+                await asyncio.sleep(0.05)
+    await peer.close()
+
+
+async def test_an_endpoint_on_another_host_is_passed_over_at_once(peer: Peer):
+    elsewhere = Endpoint(transport="shm", address="shm://5203e9dd-0000-4e54-828e-e863d651ae31.4026531833/dvd-1")
+    fallbacks = count(metrics.TRANSFER_FALLBACKS, "zmq")
+    async with pool_of() as pool:
+        _, packed, payload = make_frame()
+        assert await pool.send([elsewhere, *peer.endpoints], packed, payload, SECONDS) == "zmq"
+        assert len(pool) == 1
+    assert count(metrics.TRANSFER_FALLBACKS, "zmq") == fallbacks
 
 
 async def test_a_peer_that_returns_at_its_address_is_used_again(peer: Peer):
@@ -236,7 +270,7 @@ async def test_an_empty_pool_closes(clean_loop: None):
 
 
 @pytest.mark.parametrize("transports", [(), ("zmq", "pigeon")])
-def test_unknown_transports_are_a_config_error(transports: tuple[str, ...]):
+def test_unknown_transports_are_a_config_error(transports):
     with pytest.raises(ConfigError, match="zmq, grpc"):
         SenderPool(transports=transports)
 

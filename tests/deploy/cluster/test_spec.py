@@ -74,7 +74,10 @@ def test_a_model_is_enough(tmp_path):
         ),
         ("model: nano\nname: Mine!", "name: String should match pattern"),
         ("model: nano\nray: {address: here}", "ray.address: expected auto, local or HOST:PORT (got 'here')"),
-        ("model: nano\ntransports: [tcp]", "transports.0: Input should be 'zmq' or 'grpc' (got 'tcp')"),
+        (
+            "model: nano\ntransports: [udp]",
+            "transports.0: Input should be 'auto', 'shm', 'nixl', 'tcp', 'zmq' or 'grpc' (got 'udp')",
+        ),
         ("model: nano\nautoscale: {hysteresis: 1}", "autoscale.hysteresis: Input should be less than 1 (got '1')"),
         (
             "model: nano\nvision: {options: {max_batch_tile: 4}}",
@@ -123,6 +126,6 @@ def test_the_controller_gets_all_of_it(tmp_path):
     assert again == spec
     assert again.options("vision") == {
         "served_model_name": "nano",
-        "transports": ["zmq", "grpc"],
+        "transports": ["auto"],
         "dtype": "float32",
     }
