@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from common.service.priority import yield_to_others
 from common.service.program import run_program, run_worker
 from vision_server.server import VisionServer
 from vision_server.settings import VisionSettings
@@ -20,7 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def run(settings: VisionSettings) -> int:
     """0 after a drain, 1 when the device thread died."""
-    yield_to_others(settings.nice)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     return await run_worker(TITLE, lambda: VisionServer(settings))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common.service import failpoints, metrics
 from common.service.errors import DvdError, InternalError, Overloaded, Unavailable
+from common.service.priority import yield_to_others
 from vision_server.batcher import Batcher, ImageId, TileGroup
 from vision_server.device_jobs import EncodedGroup, Group, ImageJob, ProjectionJob, SeenGroup, Times
 from vision_server.encoder import Kind, Projected, Seen
@@ -62,6 +63,7 @@ class ComputeThread:
     """Owns the device thread and the queue before it. Public methods belong to the event loop.
 
     Args:
+        nice: OS priority of the thread, and of the threads that compute for it.
         on_progress: called from the thread at least every half second while it is alive inside.
         turn: entered for each batch, before its tiles are chosen: whoever shares the device may be using it.
     """
@@ -71,6 +73,7 @@ class ComputeThread:
         encoder: TileEncoder,
         batcher: Batcher,
         *,
+        nice: int = 0,
         on_progress: Callable[[], None] = lambda: None,
         turn: AbstractContextManager[None] | None = None,
     ) -> None:
@@ -79,7 +82,7 @@ class ComputeThread:
         self._on_progress = on_progress
         self._turn = turn or nullcontext()
         self._depth = 1 if turn else encoder.depth  # what is under way at the end of a turn would not be over
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._executor = ThreadPoolExecutor(1, "compute", initializer=yield_to_others, initargs=(nice,))
         self._wake = threading.Condition()  # guards the batcher and the fields up to _is_stopping
         self._jobs: dict[ImageId, ImageJob] = {}
         self._projections: deque[ProjectionJob] = deque()  # bounded: each belongs to an admitted image

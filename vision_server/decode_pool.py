@@ -49,6 +49,7 @@ class DecodePool:
         seconds: of processor time for one medium.
         wall_seconds: on the clock; default: six times as many.
         abandoned_seconds: on the clock for a medium whose caller has left; then the worker is replaced.
+        nice: OS priority of the workers.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DecodePool:
         seconds: float = 10.0,
         wall_seconds: float | None = None,
         abandoned_seconds: float = 0.5,
+        nice: int = 0,
     ) -> None:
         self.num_workers = num_workers
         self._max_pixels = max_pixels
@@ -68,6 +70,7 @@ class DecodePool:
         self._seconds = seconds
         self._wall_seconds = wall_seconds or _SLOWNESS * seconds
         self._abandoned_seconds = abandoned_seconds
+        self._nice = nice
         self._workers: set[WorkerProcess] = set()
         self._free = _FreeWorkers()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -202,7 +205,7 @@ class DecodePool:
                 return worker
 
     async def _launch(self) -> WorkerProcess:
-        worker = await WorkerProcess.start(self._memory_bytes, self._max_pixels, self._seconds)
+        worker = await WorkerProcess.start(self._memory_bytes, self._max_pixels, self._seconds, self._nice)
         self._workers.add(worker)
         return worker
 

@@ -52,14 +52,14 @@ class WorkerProcess:
         self.is_abandoned = False  # ended because nobody waits for what it was at
 
     @classmethod
-    async def start(cls, memory_bytes: int, max_pixels: int, seconds: float) -> Self:
+    async def start(cls, memory_bytes: int, max_pixels: int, seconds: float, nice: int) -> Self:
         """Returns once it can decode. Raises StartupError."""
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
             raise _cannot_start(error) from None
         ours.setblocking(False)
-        arguments = (os.getpid(), theirs.fileno(), memory_bytes, max_pixels, seconds)
+        arguments = (os.getpid(), theirs.fileno(), memory_bytes, max_pixels, seconds, nice)
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(

@@ -22,6 +22,7 @@ from PIL import Image, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin
 from common.model.geometry import Tiling, count_tiles
 from common.service.errors import InvalidRequest
 from common.service.parent import die_with
+from common.service.priority import yield_to_others
 from vision_server import sandbox, video
 from vision_server.decode_job import MAX_RECORD_BYTES, READY, Job, Kind, Outcome
 from vision_server.media import FORMATS, decode, invalid_image, open_image, upright_size
@@ -138,8 +139,9 @@ def _film() -> bytes:
 
 def main() -> None:
     parent, descriptor, memory_bytes, max_pixels = (int(argument) for argument in sys.argv[1:5])
-    seconds = float(sys.argv[5])
+    seconds, nice = float(sys.argv[5]), int(sys.argv[6])
     die_with(parent)
+    yield_to_others(nice)
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which closes the socket when it is done
         signal.signal(number, signal.SIG_IGN)
     _warm_up()

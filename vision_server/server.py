@@ -82,10 +82,13 @@ class VisionServer:
         batch_tiles = settings.max_batch_tiles or self.encoder.preferred_batch_tiles
         self._batch_tiles = min(batch_tiles, settings.max_queued_tiles)
         batcher = Batcher(self._batch_tiles, settings.max_queued_tiles)
-        self.compute = ComputeThread(self.encoder, batcher, on_progress=self.board.bump, turn=turn)
+        self.compute = ComputeThread(self.encoder, batcher, nice=settings.nice, on_progress=self.board.bump, turn=turn)
         self._senders = SenderPool(transports=settings.transports)
         self._decoder = DecodePool(
-            settings.decode_workers, max_pixels=settings.max_pixels, max_tiles=settings.max_tiles_per_image
+            settings.decode_workers,
+            max_pixels=settings.max_pixels,
+            max_tiles=settings.max_tiles_per_image,
+            nice=settings.nice,
         )
         self._servicer = VisionServicer(
             settings,

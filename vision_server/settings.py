@@ -35,7 +35,12 @@ class VisionSettings(ServerSettings):
     cuda_graphs: bool = Field(True, description="on CUDA, replay batches that were captured at the start")
     compile: bool = Field(False, description="torch.compile the layers, on CUDA; on a CPU the tower's are fused")
     threads: int | None = Field(None, ge=1, description="CPU threads of one batch; default: torch's choice")
-    nice: int = Field(0, ge=0, le=19, description="OS priority; 19: only on cores that nobody else wants at the moment")
+    nice: int = Field(
+        0,
+        ge=0,
+        le=19,
+        description="OS priority of what computes; 19: only on cores that nobody else wants at the moment",
+    )
     transports: tuple[TransportChoice, ...] = Field(
         ("auto",), min_length=1, description="ways to deliver features; auto: all but nixl"
     )

@@ -8,7 +8,9 @@ LOWEST: Final = 19
 
 
 def yield_to_others(nice: int) -> None:
-    """Lower this process's OS priority by ``nice``; before other threads exist, because they inherit it.
+    """Lower the calling thread's OS priority by ``nice``, and that of all threads and processes it starts from now on.
+
+    Not for the thread of an event loop: on a busy machine a server would be silent for seconds, and taken for dead.
 
     At 19, and where the system has it, threads run only while nobody else wants their core (``SCHED_IDLE``). Nice
     values alone decide shares, not who waits: since Linux 6.6 a thread that wakes up lets one of nice 19 finish its

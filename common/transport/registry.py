@@ -104,12 +104,21 @@ def _automatic() -> tuple[TransportName, ...]:
     """What ``auto`` is on this machine."""
     found = []
     for transport in TRANSPORTS:
-        reason = why_unavailable(transport) or str(getattr(_module(transport), "why_not_auto", lambda: "")())
-        if reason:
+        if reason := _why_not_auto(transport):  # as always: no news
+            log.debug("features do not travel over %s: %s", transport, reason)
+        elif reason := why_unavailable(transport):
             log.info("features do not travel over %s: %s", transport, reason)
         else:
             found.append(transport)
     return tuple(found)
+
+
+def _why_not_auto(transport: TransportName) -> str:
+    try:
+        module = _module(transport)
+    except (ModuleNotFoundError, ConfigError):
+        return ""
+    return str(getattr(module, "why_not_auto", lambda: "")())
 
 
 def _check_name(transport: str) -> None:
