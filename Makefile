@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
 
-.PHONY: install protos check test demo bench soak chaos gpu-check bad-images clean
+.PHONY: install protos check test demo bench soak faults chaos gpu-check bad-images clean
 
 install: $(STAMP)
 
@@ -26,7 +26,7 @@ check: $(STAMP)
 	$(BIN)/codespell
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 demo: $(STAMP)
 	$(BIN)/dvd demo
@@ -45,6 +45,10 @@ bench: $(STAMP)
 # Ten thousand random requests: every one must end, nothing may be left.
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks soak --results benchmarks/results
+
+# Every variant of every fault; `make test` tries one of each kind.
+faults: $(STAMP)
+	FAULTS=all $(BIN)/python -m pytest tests/faults
 
 # Random faults under load, for an hour. The same seed is the same schedule.
 CHAOS_SECONDS ?= 3600

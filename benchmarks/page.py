@@ -14,6 +14,7 @@ import msgspec
 
 from benchmarks.compare import by_system, comparison
 from benchmarks.gpu_shapes import comparison as shapes_compared
+from benchmarks.overlap import make_table as overlap_compared
 from benchmarks.table18 import BASELINE, SIDES
 from benchmarks.tables import NONE, Table, number
 from common.service.errors import ConfigError
@@ -136,7 +137,27 @@ def _transports(record: Mapping[str, Any]) -> Iterator[Table]:
     yield Table("Features on their way", columns, rows, num_labels=2)
 
 
+def _overlapped(record: Mapping[str, Any]) -> Iterator[Table]:
+    yield overlap_compared(record["figures"]["runs"])
+
+
+def _overloaded(record: Mapping[str, Any]) -> Iterator[Table]:
+    found = record["figures"]
+    rows = [
+        [name, number(phase["goodput"]), number(phase["rejection_ms"]), number(phase["text_ms"])]
+        for name, phase in (("at the peak", found["peak"]), ("beyond", found["overload"]))
+    ]
+    columns = ["", "pictures answered a second", "refused after, p99 ms", "text alone, p99 ms"]
+    notes = [
+        f"goodput {found['goodput_ratio']:.2f} of the peak, text {found['text_ratio']:.2f} times as long",
+        *found["failures"],
+    ]
+    yield Table("Overload", columns, rows, notes=notes)
+
+
 _KINDS: Final[Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]]] = {
+    "ratios": _overlapped,
+    "goodput_ratio": _overloaded,
     "runs": _compared,
     "layouts": _table18,
     "summaries": _served,

@@ -63,7 +63,7 @@ class RequestRecord:
     encoded: list[EncodeReply] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
     num_replays: int = 0  # times that another language server went on with the reply
-    is_prompt_read: bool = False  # by the language server that has the request now: it has given a token
+    is_prompt_read: bool = False  # by the language server that has the request now, or it needs not be
     admitted_at: float | None = None  # the first time
     first_token_at: dict[int, float] = field(default_factory=dict)
     last_token_at: dict[int, float] = field(default_factory=dict)
@@ -100,6 +100,7 @@ class RequestRecord:
 
     def choice_finished(self, finished: Finished) -> None:
         """One choice has ended."""
+        self.is_prompt_read = True  # or there was nothing left to read it for
         self.finished[finished.choice] = self._across_servers(finished) if self.num_replays else finished
         metrics.REQUEST_SUCCESS.labels(finished.finish_reason).inc()
 

@@ -1,8 +1,8 @@
 """Tests start many processes on few cores: one thread each, and no OpenMP thread that waits by spinning. GPU kernels
 run in Triton's interpreter.
 
-``make test`` runs two tests at a time, as most of them wait for processes that start: module by module, so that what a
-module shares is started once, and the modules that take longest first.
+``make test`` runs three tests at a time, as most of them wait for processes that start: module by module, so that what
+a module shares is started once, and the modules that take longest first.
 """
 
 import gc
@@ -19,6 +19,7 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 SLOWEST: Final = (
+    "tests/faults/test_chaos.py",
     "tests/faults/",
     "tests/deploy/cluster/test_cluster.py",
     "tests/end_to_end/",
@@ -49,6 +50,8 @@ def _one_after_the_other(nodeid: str) -> str:
     module = nodeid.partition("::")[0]
     if module.startswith("tests/end_to_end/") and not any(name in module for name in OF_THEIR_OWN):
         return "nano"
+    if module.endswith("faults/test_chaos.py"):
+        return "chaos"  # has a system of its own
     if module.startswith("tests/faults/"):
         return "faults"  # they share a system, and measure how soon others notice
     if module.endswith(("cluster/test_cluster.py", "cluster/test_local_head.py")):

@@ -52,7 +52,7 @@ def test_one_image(nano):
     assert reply.usage.completion_tokens > 3
     assert 0 < reply.timing.time_to_first_token <= reply.timing.total
     assert reply.timing.server["dvd"]["tiles"] == 1
-    assert reply.timing.server["dvd"]["transport"] == "zmq"  # the real feature plane
+    assert reply.timing.server["dvd"]["transport"] == "shm"  # the real feature plane
     assert nano.model == "nano"
 
 

@@ -81,7 +81,7 @@ CASES = [
         r"the vision server needs \d+\.\d GB \(weights .* GB\), \d+\.\d GB free on cpu; use a",
     ),
     (("language", NANO, "--listen=192.0.2.1:9101"), r"cannot listen on 192.0.2.1:9101: not an address of this machine"),
-    ((*LANGUAGE, NANO, "--feature-listen=@BUSY"), r"cannot listen on tcp://@BUSY: in use"),
+    ((*LANGUAGE, NANO, "--feature-listen=@BUSY"), r"cannot listen on @BUSY: in use"),
     ((*LANGUAGE, "@DIR/empty"), r"no config.json in 'empty'"),
     ((*LANGUAGE, NANO, "--kv-cash-bytes=1"), r"unknown flag --kv-cash-bytes; did you mean --kv-cache-bytes\?"),
     (

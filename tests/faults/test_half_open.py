@@ -9,6 +9,7 @@ import pytest
 from pyroute2 import netns  # type: ignore[import-untyped]
 
 from tests.end_to_end.namespaces import Host, network
+from tests.faults.extent import variants
 from tests.faults.system import System
 
 pytestmark = pytest.mark.timeout(600)
@@ -35,7 +36,7 @@ def system(tmp_path_factory, hosts) -> Iterator[System]:
         yield system
 
 
-@pytest.mark.parametrize(("name", "tier"), [("vision-a", "vision"), ("language-b", "language")])
+@pytest.mark.parametrize(("name", "tier"), variants(("vision-a", "vision"), more=[("language-b", "language")]))
 def test_row_8_a_host_drops_off_the_network(system, hosts, story, name, tier):
     with story.fault():
         hosts[name].set_link("down")

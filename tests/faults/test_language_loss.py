@@ -3,6 +3,7 @@ undisturbed system gives: greedy, drawn by seed, or after a grammar, streamed or
 
 import pytest
 
+from tests.faults.extent import variants
 from tests.faults.system import DEADLINE
 
 pytestmark = pytest.mark.timeout(600)
@@ -14,13 +15,15 @@ BUSY = 4.0
 
 @pytest.mark.parametrize(
     "failpoint",
-    [
-        "language.admit=kill:2",  # before the images are asked for
+    variants(
         "language.step=kill:3",  # images are on their way
-        "language.token=kill:1",  # before the first token
         "language.token=kill:25",  # in the middle of several answers
         "language.finish=kill:2",  # all tokens were sent, only the end is missing
-    ],
+        more=[
+            "language.admit=kill:2",  # before the images are asked for
+            "language.token=kill:1",  # before the first token
+        ],
+    ),
 )
 def test_row_2_killed_at_work(system, story, failpoint):
     victim = system["language-b"]

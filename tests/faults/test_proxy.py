@@ -5,7 +5,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -57,6 +57,13 @@ def exchange(proxy: Proxy, text: bytes = TEXT) -> bytes:
         return b"".join(parts)
 
 
+def until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
 def _send(connection: socket.socket, text: bytes) -> None:
     with contextlib.suppress(OSError):
         connection.sendall(text)
@@ -66,7 +73,8 @@ def _send(connection: socket.socket, text: bytes) -> None:
 def test_honest_by_default_and_each_target_keeps_its_port(proxy):
     assert proxy.address.startswith(OTHER_HOST)
     assert exchange(proxy) == TEXT
-    assert (proxy.num_accepted, proxy.num_connections) == (1, 0)
+    assert proxy.num_accepted == 1
+    until(lambda: proxy.num_connections == 0)
 
 
 @pytest.mark.parametrize("direction", ["to_server", "to_client"])
@@ -135,8 +143,8 @@ def test_reset_and_refuse(proxy):
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
     proxy.refuse()
-    with pytest.raises(ConnectionResetError):
-        exchange(proxy, b"y")
+    with contextlib.suppress(ConnectionResetError):  # of which the thread that sends may hear instead
+        assert exchange(proxy, b"y") == b""
     proxy.heal()
     assert exchange(proxy) == TEXT
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.faults.extent import variants
 from tests.faults.system import DEADLINE
 
 pytestmark = pytest.mark.timeout(600)
@@ -25,7 +26,7 @@ def test_row_1_killed_while_idle(system, load, story):
 
 
 @pytest.mark.parametrize(
-    "place", ["vision.encode.before", "vision.batch", "vision.deliver", "vision.encode.after"], ids=lambda place: place
+    "place", variants("vision.batch", "vision.deliver", more=["vision.encode.before", "vision.encode.after"])
 )
 def test_row_1_killed_at_work(system, story, place):
     """While it encodes, while it transfers, and when only the reply is missing."""

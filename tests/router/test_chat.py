@@ -20,6 +20,13 @@ def events(text: str) -> list:
     return [data if data == "[DONE]" else json.loads(data) for data in payloads]
 
 
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    """Nobody comes back here."""
+    monkeypatch.setattr("router.fleet.RETURN_SECONDS", 0.3)
+    monkeypatch.setattr("router.language_search.PATIENCE_SECONDS", 0.3)
+
+
 async def test_full_answer(system):
     response = await system.chat()
     body = response.json()

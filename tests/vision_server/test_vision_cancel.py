@@ -89,10 +89,13 @@ async def test_while_frames_are_on_their_way(neighbourhood, how):
         nobody = Endpoint(transport="grpc", address=f"127.0.0.1:{silent.getsockname()[1]}")
         request = near.request(encoded(picture(900, 900)), deliver_to=[nobody])
 
+        accepted = asyncio.Event()
+
         def has_connected() -> bool:
             with contextlib.suppress(BlockingIOError):
                 connections.enter_context(silent.accept()[0])
-            return near.server.compute.num_running == 1 and near.server.compute.queued_tiles == 0
+                accepted.set()
+            return accepted.is_set()
 
         with contextlib.ExitStack() as connections:
             await end(near, request, how, has_connected)
