@@ -141,10 +141,10 @@ def main() -> None:
     parent, descriptor, memory_bytes, max_pixels = (int(argument) for argument in sys.argv[1:5])
     seconds, nice = float(sys.argv[5]), int(sys.argv[6])
     die_with(parent)
-    yield_to_others(nice)
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which closes the socket when it is done
         signal.signal(number, signal.SIG_IGN)
-    _warm_up()
+    _warm_up()  # not in the idle class: what it may have to compile is kept under a lock that others wait for
+    yield_to_others(nice)
     channel = socket.socket(fileno=descriptor)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     is_filtered = sandbox.enter(memory_bytes)

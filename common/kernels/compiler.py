@@ -54,28 +54,28 @@ class KeptCode(IndexDataCacheFile):  # type: ignore[misc]  # Numba has no types
 
     Numba numbers the code of each signature by an index that it reads, changes and writes back. Two processes that do
     so at once give two signatures one number, and the next to load the one runs the code of the other on its arrays.
-    Here one process reads or writes at a time.
+    Here nobody reads or writes while another process writes.
     """
 
     def save(self, key: Any, data: Any) -> None:
         """Keep ``data`` under ``key``, for everybody."""
-        with self._alone():
+        with self._locked(fcntl.LOCK_EX):
             super().save(key, data)
 
     def load(self, key: Any) -> Any:
         """What was kept under ``key``, or None."""
-        with self._alone():
+        with self._locked(fcntl.LOCK_SH):
             return super().load(key)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self, kind: int) -> Iterator[None]:
         try:
             lock = os.open(f"{self._index_path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError:  # nothing is kept there yet, or nobody may write: then nobody does
             yield
             return
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, kind)
             yield
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile

@@ -1,4 +1,4 @@
-"""How many variants of a fault are tried: one of each kind, or with ``FAULTS=all`` every one (``make faults``)."""
+"""How many variants of a fault are tried: one of each kind, or every one (``make faults FAULTS=all``)."""
 
 import os
 from collections.abc import Iterable

@@ -8,7 +8,7 @@ import pytest
 from tests.faults import chaos
 from tests.faults.system import System
 
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "90"))
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "300"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 
 pytestmark = pytest.mark.timeout(2 * SECONDS + 600)
