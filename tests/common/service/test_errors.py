@@ -10,7 +10,9 @@ from protos import status_pb2, vision_pb2, vision_pb2_grpc
 
 
 def subclasses(kind: type[DvdError]) -> list[type[DvdError]]:
-    return [kind, *(leaf for child in kind.__subclasses__() for leaf in subclasses(child))]
+    """Those of the tree; what a program makes of them for itself does not travel."""
+    ours = [child for child in kind.__subclasses__() if child.__module__ == DvdError.__module__]
+    return [kind, *(leaf for child in ours for leaf in subclasses(child))]
 
 
 WIRE_ERRORS = [kind for kind in subclasses(DvdError) if not issubclass(kind, StartupError) and kind is not DvdError]
