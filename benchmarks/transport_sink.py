@@ -12,6 +12,7 @@ import torch
 from typing_extensions import Buffer
 
 from benchmarks.transport_peer import TICKET
+from common.transport.base import Lend
 from common.transport.registry import make_receiver
 from protos.frame import FrameHeader, FrameRejected, is_signed_by
 
@@ -21,9 +22,10 @@ _MAX_SAMPLES: Final = 4096
 class Sink:
     """Does to a frame what the feature store does, less the reservation; then lets go of it, as if it were used."""
 
-    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, lend: Lend | None = None) -> memoryview:
         if not is_signed_by(packed_header, TICKET):
             raise FrameRejected("ticket", "not ours")
+        memory = None if lend is None else lend()
         if memory is not None:
             rows = torch.frombuffer(memory, dtype=torch.bfloat16)
         else:

@@ -32,6 +32,7 @@ from common.model.config import load_config
 from common.service import rpc
 from common.service.announce import Announcement
 from common.service.errors import Unavailable
+from common.transport.base import Lend
 from common.transport.registry import make_receiver
 from deploy.process import compute_defaults
 from protos.frame import FrameHeader
@@ -79,8 +80,8 @@ class Drop:
     def __init__(self) -> None:
         self._memory = bytearray()
 
-    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
-        if memory is not None:
+    def place(self, header: FrameHeader, packed_header: Buffer, lend: Lend | None = None) -> memoryview:
+        if (memory := None if lend is None else lend()) is not None:
             return memoryview(memory).cast("B")
         if len(self._memory) < header.payload_bytes:
             self._memory = bytearray(header.payload_bytes)

@@ -27,6 +27,7 @@ from typing_extensions import Buffer
 
 from common.service import metrics
 from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from common.transport.base import Lend
 from language_server.feature_image import ComputedImage, FeatureImage, FeatureLayout, ImageKey
 from language_server.reservation import Delivery, Lease, LeaseState, tiles_of
 from protos.frame import MAX_TILES, FeatureDtypeName, FrameHeader, FrameRejected, is_signed_by
@@ -325,7 +326,7 @@ class FeatureStore:
 
     # --- FrameSink (event loop)
 
-    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, lend: Lend | None = None) -> memoryview:
         """Memory for one frame; see ``FrameSink.place``. Nothing is allocated before the header passed every check."""
         if header.fingerprint != self.layout.fingerprint:
             raise FrameRejected("fingerprint", "features of another checkpoint")
@@ -335,7 +336,7 @@ class FeatureStore:
             raise FrameRejected("ticket", f"no valid ticket for image {header.image_index}")
         self._check_attempt(header, image, delivery)
         self._check_shape(header, image)
-        rows = _make_rows(header, memory)
+        rows = _make_rows(header, None if lend is None else lend())
         view = _bytes_of(rows)
         delivery.begin(header, rows, view)
         delivery.bound(2 * image.num_bytes)

@@ -5,25 +5,30 @@ objects, one per transport, all feeding one ``FrameSink``. Frames are ``protos.f
 nothing here knows of tensors or requests.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 from typing_extensions import Buffer
 
 from protos.frame import FrameHeader, FrameRejected, checksum, parse_header
 from protos.status_pb2 import Endpoint
 
+Lend: TypeAlias = Callable[[], Buffer | None]
+"""Memory of a transport, as long as the payload; None: it has none at the moment."""
+
 
 class FrameSink(Protocol):
     """Where a receiver puts frames: the language server's feature store. Called on the event loop, never blocks."""
 
-    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, lend: Lend | None = None) -> memoryview:
         """Reserved memory for the payload, exactly ``header.payload_bytes`` long and writable.
 
         Everything that can be known from the header is checked here, before the payload is looked at.
 
         Args:
-            memory: where the payload lies already, or will: the sink keeps it as it is, instead of memory of its own,
-                for as long as it needs the features, and then lets go of it.
+            lend: asked once the header has passed every check, for the memory where the payload lies already, or
+                will. The sink keeps it as it is, instead of memory of its own, for as long as it needs the features,
+                and then lets go of it.
 
         Raises:
             FrameRejected: reason ``fingerprint``, ``ticket``, ``unknown_request``, ``tombstone``, ``stale``,
@@ -76,7 +81,7 @@ class FeatureSender(Protocol):
 
 
 def place_frame(
-    sink: FrameSink, packed_header: Buffer, payload_bytes: int, memory: Buffer | None = None
+    sink: FrameSink, packed_header: Buffer, payload_bytes: int, lend: Lend | None = None
 ) -> tuple[FrameHeader, memoryview]:
     """Where the payload of a frame goes, from its header and the length that the transport was told.
 
@@ -86,7 +91,7 @@ def place_frame(
     header = parse_header(packed_header)
     if payload_bytes != header.payload_bytes:
         raise FrameRejected("size", f"payload of {payload_bytes} bytes, header says {header.payload_bytes}")
-    return header, sink.place(header, packed_header, memory)
+    return header, sink.place(header, packed_header, lend)
 
 
 def receive_frame(sink: FrameSink, packed_header: Buffer, payload: Buffer) -> str:

@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 from common.service.errors import ConfigError, DvdError
@@ -66,7 +67,8 @@ class NixlReceiver:
         try:
             if not self._address.startswith(UNIX):
                 host, port = split_host_port(self._address)
-                found = await asyncio.get_running_loop().getaddrinfo(host, port)
+                looking_up = asyncio.get_running_loop().getaddrinfo(host, port)
+                found = await asyncio.wait_for(looking_up, _PATIENCE)
                 host = str(found[0][4][0])  # one address, also where a name has two
             await asyncio.to_thread(check_agent, host)
             if not host:
@@ -163,11 +165,13 @@ class _Incoming:
     def _place(self, frame: Frame) -> tuple[FrameHeader, memoryview] | None:
         """Where the payload shall go; None if the frame was refused, which is then answered."""
         try:
-            memory = self._memory.take(frame.payload_bytes) if frame.payload_bytes > _SMALL_BYTES else None
-            return place_frame(self._sink, frame.packed_header, frame.payload_bytes, memory)
+            return place_frame(self._sink, frame.packed_header, frame.payload_bytes, partial(self._lend, frame))
         except FrameRejected as rejection:
             self._answer(frame.number, rejection.reason, frame.payload_bytes)
             return None
+
+    def _lend(self, frame: Frame) -> memoryview | None:
+        return self._memory.take(frame.payload_bytes) if frame.payload_bytes > _SMALL_BYTES else None
 
     async def _take(
         self, opening: asyncio.Task[RemoteMemory], number: int, address: int, header: FrameHeader, memory: memoryview

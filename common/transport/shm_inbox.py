@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from common.transport import segments
-from common.transport.base import FrameSink, receive_frame
+from common.transport.base import FrameSink, place_frame, receive_frame
 from common.transport.meter import ReceiveMeter
 from common.transport.packets import PacketLink, ProtocolViolation
 from common.transport.piecewise import PiecewiseCheck
@@ -40,7 +40,7 @@ from common.transport.shm_messages import (
     WRITTEN,
     WRITTEN_KIND,
 )
-from protos.frame import FrameHeader, FrameRejected, parse_header
+from protos.frame import FrameHeader, FrameRejected
 
 log = logging.getLogger(__name__)
 
@@ -197,13 +197,12 @@ class ShmInbox:
 
     def _place(self, segment: _Mapped, packed_header: memoryview, number: int, payload_bytes: int) -> _Incoming:
         """Find memory for a frame: where its payload lies, or the sink's own. Raises FrameRejected."""
-        header = parse_header(packed_header)
-        if header.payload_bytes != payload_bytes:
-            raise FrameRejected("size", f"payload of {payload_bytes} bytes, header says {header.payload_bytes}")
         payload = self._lend(segment, payload_bytes)
         if payload_bytes >= MIN_LENT_BYTES and self._lent_bytes <= self._may_keep_bytes:
-            return _Incoming(number, header, PiecewiseCheck(self._sink.place(header, packed_header, payload)))
-        return _Incoming(number, header, PiecewiseCheck(self._sink.place(header, packed_header), payload))
+            header, memory = place_frame(self._sink, packed_header, payload_bytes, lambda: payload)
+            return _Incoming(number, header, PiecewiseCheck(memory))
+        header, memory = place_frame(self._sink, packed_header, payload_bytes)
+        return _Incoming(number, header, PiecewiseCheck(memory, payload))
 
     def _on_written(self, number: int, num_bytes: int) -> None:
         incoming = self._incoming.get(number)

@@ -224,7 +224,7 @@ class _Peer:
         if not self._is_over:
             with self._sink_at_work():
                 try:
-                    placed = place_frame(self._sink, packed_header, num_bytes, self._memory.take(num_bytes))
+                    placed = place_frame(self._sink, packed_header, num_bytes, lambda: self._memory.take(num_bytes))
                 except FrameRejected as rejection:
                     return self._answers.put(rejection.reason)
             self.is_known = True

@@ -252,7 +252,7 @@ async def _receive(sink: FrameSink, packed_header: memoryview, payload: memoryvi
     if len(payload) <= _SMALL_BYTES:
         return receive_frame(sink, packed_header, payload)
     try:
-        header, memory = place_frame(sink, packed_header, len(payload), payload)
+        header, memory = place_frame(sink, packed_header, len(payload), lambda: payload)
         crc = await asyncio.to_thread(checksum, memory) if len(memory) > _LARGE_BYTES else checksum(memory)
         sink.commit(header, memory, crc)
     except FrameRejected as rejection:

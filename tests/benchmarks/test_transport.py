@@ -51,8 +51,8 @@ def test_a_message_is_a_frame_that_the_sink_takes_and_a_damaged_one_is_not():
     assert is_signed_by(message.packed_header, TICKET)
     assert len(message.payload) == header.payload_bytes == 2 * 256 * 64 * 2
     assert message.count == 15
-    for memory in (None, bytearray(header.payload_bytes)):
-        placed = Sink().place(header, message.packed_header, memory)
+    for lend in (None, lambda: bytearray(header.payload_bytes)):
+        placed = Sink().place(header, message.packed_header, lend)
         placed[:] = message.payload
         Sink().commit(header, placed, checksum(placed))
         placed[3] ^= 1

@@ -349,12 +349,24 @@ async def test_who_began_a_frame_first_does_not_commit_what_another_has_half_wri
     assert torch.equal(store.rows(REQUEST, 0, 0, TOKENS), rows)
 
 
+async def test_no_memory_is_asked_for_before_the_header_has_passed_every_check():
+    store = make_store()
+    lease = await reserve(store, [key("a")])
+    header, _ = frame(1)
+    asked: list[int] = []
+    with pytest.raises(FrameRejected, match="ticket"):
+        store.place(header, pack_header(header, b"x" * 32), lambda: asked.append(1))
+    assert not asked
+    store.place(header, pack_header(header, lease.missing[0]), lambda: asked.append(1))  # has none: the store's own
+    assert asked == [1]
+
+
 async def test_features_may_stay_where_they_came():
     store = make_store()
     lease = await reserve(store, [key("a")])
     header, rows = frame(1)
     memory = bytearray(rows.numpy().tobytes())
-    view = store.place(header, pack_header(header, lease.missing[0]), memory)
+    view = store.place(header, pack_header(header, lease.missing[0]), lambda: memory)
     store.commit(header, view, checksum(view))
     assert store.rows(REQUEST, 0, 0, TOKENS).data_ptr() == torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     assert torch.equal(store.rows(REQUEST, 0, 0, TOKENS), rows)

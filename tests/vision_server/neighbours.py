@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from typing_extensions import Buffer
 
+from common.transport.base import Lend
 from protos.frame import FrameHeader, FrameRejected, checksum, is_signed_by
 from protos.status_pb2 import FEATURE_DTYPE_FLOAT32, Endpoint
 from protos.vision_pb2 import EncodeReply, EncodeRequest, TilingOptions
@@ -42,12 +43,13 @@ class FeatureSink:
     _tiles: dict[tuple[bytes, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     _payloads: dict[tuple[bytes, int, int], memoryview] = field(default_factory=dict)
 
-    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, lend: Lend | None = None) -> memoryview:
         if self.refuse_with is not None:
             raise FrameRejected(self.refuse_with, "as told")
         if not is_signed_by(packed_header, TICKET):
             raise FrameRejected("ticket", "not signed")
-        payload = memoryview(bytearray(header.payload_bytes) if memory is None else memory).cast("B")
+        lent = None if lend is None else lend()
+        payload = memoryview(bytearray(header.payload_bytes) if lent is None else lent).cast("B")
         self._payloads[header.request_id, header.image_index, header.first_tile] = payload
         return payload
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from typing_extensions import Buffer
 
+from common.transport.base import Lend
 from protos.frame import FrameHeader, FrameRejected, checksum, is_signed_by, pack_header, with_checksum
 from protos.status_pb2 import Endpoint
 from tests.common.transport.shm_relay import ShmRelay
@@ -64,7 +65,7 @@ class MemorySink:
     num_placed: int = 0
     _open: dict[Key, memoryview] = field(default_factory=dict)
 
-    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
+    def place(self, header: FrameHeader, packed_header: Buffer, lend: Lend | None = None) -> memoryview:
         self.num_placed += 1
         self.on_place()
         if header.request_id == self.crash_on:
@@ -77,9 +78,8 @@ class MemorySink:
             raise FrameRejected("ticket", "not signed with ours")
         if key(header) in self.ready:
             raise FrameRejected("duplicate", "was here before")
-        self._open[key(header)] = memoryview(memory if memory is not None else bytearray(header.payload_bytes)).cast(
-            "B"
-        )
+        lent = None if lend is None else lend()
+        self._open[key(header)] = memoryview(bytearray(header.payload_bytes) if lent is None else lent).cast("B")
         return self._open[key(header)]
 
     def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:

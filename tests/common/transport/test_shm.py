@@ -19,6 +19,7 @@ from typing_extensions import Buffer
 from common.service import metrics
 from common.service.errors import DeadlineExceeded, TransportFailed
 from common.transport import packets, registry, segments, shm, shm_inbox
+from common.transport.base import Lend
 from common.transport.sender import TransportLimits
 from common.transport.shm import ShmReceiver, ShmSender, _Outgoing
 from common.transport.shm_messages import (
@@ -52,9 +53,9 @@ class KeepingSink(MemorySink):
     kept: dict[Key, memoryview] = field(default_factory=dict)
     num_lent: int = 0
 
-    def place(self, header: FrameHeader, packed_header: Buffer, memory: Buffer | None = None) -> memoryview:
-        self.num_lent += memory is not None
-        return super().place(header, packed_header, memory)
+    def place(self, header: FrameHeader, packed_header: Buffer, lend: Lend | None = None) -> memoryview:
+        self.num_lent += lend is not None
+        return super().place(header, packed_header, lend)
 
     def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
         super().commit(header, memory, payload_crc32c)
