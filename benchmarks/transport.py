@@ -7,6 +7,9 @@ blocking ``sendall`` to a blocking ``recv_into``, always into the same memory, w
 carries signed headers, checks a CRC32C, puts each payload in memory of its own and has it acknowledged. ``zmq, bare``
 are the sockets of ``zmq`` with nothing of that. All of them take turns in every round; a ratio is the median of those
 of the rounds, so that what else the machine does falls on both sides of it.
+
+The sending process has one half of the cores, the receiving ones have the other, as if they were two servers: where
+the kernel wakes a receiver on the core of its sender, both share it for tens of milliseconds, more than a batch takes.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from rich.table import Table
 from benchmarks.record import write_record
 from benchmarks.transport_peer import BARE_ZMQ, BATCH, RAW, TICKET
 from common.service.errors import ConfigError
+from common.service.heap import freeze_heap, keep_freed_memory
 from common.transport.listen import PRIVATE_DIRECTORY
 from common.transport.registry import TRANSPORTS, make_sender, why_unavailable
 from common.transport.sender import BoundedSender, TransportLimits
@@ -45,6 +49,9 @@ _TOKENS_PER_TILE: Final = 256
 _MAX_BATCH: Final = 1_000
 _BEYOND_CACHE_BYTES: Final = 128 * 2**20
 _ON_ONE_HOST: Final = ("shm",)
+_CORES: Final = sorted(os.sched_getaffinity(0))
+_SENDING: Final = frozenset(_CORES[: len(_CORES) // 2] or _CORES)
+_RECEIVING: Final = frozenset(_CORES[len(_CORES) // 2 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +246,10 @@ async def _bare_zmq() -> AsyncIterator[BareZmq]:
 
 @contextmanager
 def _process(module: str, *arguments: str) -> Iterator[str]:
-    """A receiving process, and where it listens."""
+    """A receiving process on cores of its own, and where it listens."""
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    os.sched_setaffinity(process.pid, _RECEIVING)
     try:
         assert process.stdout is not None  # asked for
         address = process.stdout.readline().strip()
@@ -289,12 +297,15 @@ def main(argv: Sequence[str]) -> None:
         help="tiles and hidden size of each; default: 13x5120 1x5120 1x128",
     )
     parser.add_argument("--batch-mb", type=float, default=340.0, help="sent between two looks at the clock, about")
-    parser.add_argument("--in-flight", type=int, default=4, help="messages of a transport on their way, at most")
+    parser.add_argument("--in-flight", type=int, default=8, help="messages of a transport on their way, at most")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results", type=Path, help="directory for the raw record")
     arguments = parser.parse_args(argv)
     messages = [make_message(tiles, hidden, int(1e6 * arguments.batch_mb)) for tiles, hidden in arguments.messages]
     console = Console()
+    keep_freed_memory()  # as servers do, as is the next
+    freeze_heap()
+    os.sched_setaffinity(0, _SENDING)
     cases = asyncio.run(measure(arguments.transports, messages, arguments.rounds, arguments.in_flight, console.print))
     print_cases(cases)
     if arguments.results:

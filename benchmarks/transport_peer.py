@@ -14,6 +14,8 @@ from typing import Final
 import zmq
 import zmq.asyncio
 
+from common.service.heap import keep_freed_memory
+
 RAW: Final = "raw socket"
 BARE_ZMQ: Final = "zmq, bare"
 TICKET: Final = bytes(32)
@@ -70,7 +72,9 @@ async def _serve_bare(peer: zmq.asyncio.Socket) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transport_peer", description=__doc__)
     parser.add_argument("subject", choices=(RAW, BARE_ZMQ))
-    if parser.parse_args().subject == RAW:
+    subject = parser.parse_args().subject
+    keep_freed_memory()  # as our servers do
+    if subject == RAW:
         threading.Thread(target=receive_raw, daemon=True).start()
         sys.stdin.read()
     else:

@@ -12,6 +12,7 @@ import torch
 from typing_extensions import Buffer
 
 from benchmarks.transport_peer import TICKET
+from common.service.heap import freeze_heap, keep_freed_memory
 from common.transport.base import Lend
 from common.transport.registry import make_receiver
 from protos.frame import FrameHeader, FrameRejected, is_signed_by
@@ -52,6 +53,8 @@ def main() -> None:
     parser.add_argument("transport")
     parser.add_argument("listen")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as servers do, as is the next
+    freeze_heap()
     asyncio.run(receive(arguments.transport, arguments.listen))
 
 

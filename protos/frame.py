@@ -32,7 +32,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-import crc32c
+from awscrt.checksums import crc32c
 from typing_extensions import Buffer
 
 MAGIC: Final = b"DVDF"
@@ -87,7 +87,7 @@ class FrameHeader:
 
 def checksum(payload: Buffer, before: int = 0) -> int:
     """CRC32C of the payload, as the header carries it; ``before``: that of what comes before this piece of it."""
-    return int(crc32c.crc32c(payload, before))
+    return int(crc32c(payload, before))
 
 
 def with_checksum(header: FrameHeader, payload: Buffer) -> FrameHeader:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common.service import failpoints
 from common.service import log as logs
 from common.service.errors import Cancelled, StartupError
+from common.service.heap import freeze_heap, keep_freed_memory
 from common.service.settings import Field, Settings
 
 log = logging.getLogger(__name__)
@@ -81,10 +82,12 @@ def run_program(
     """Read the options, run, and return the exit status. What stops a start is one line on stderr."""
     with suppress(OSError):  # stderr is no file
         faulthandler.enable()  # native code that crashes leaves word of where
+    keep_freed_memory()
     try:
         failpoints.check_build()
         settings = options.load(sys.argv[1:] if argv is None else argv)
         logs.configure(title, settings.log_level)
+        freeze_heap()
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(run(settings))
     except StartupError as error:
@@ -100,6 +103,7 @@ async def run_worker(title: str, make: Callable[[], Worker]) -> int:
         await worker.start()
         if not await _load(title, worker, stop):
             return 0
+        freeze_heap()
         print(worker.ready_line, file=sys.stderr, flush=True)
         return await _serve(title, worker, stop)
     finally:

@@ -24,7 +24,6 @@ Bytes = npt.NDArray[np.uint8]
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PAGE_BYTES: Final = mmap.PAGESIZE
-NUM_WORKERS: Final = 2
 MAX_IDLE: Final = 64
 """Segments of one connection that may wait to be used again: each is a descriptor at both ends."""
 
@@ -41,9 +40,9 @@ def pool_bytes(limits: TransportLimits) -> int:
 
 
 @functools.cache
-def workers() -> ThreadPoolExecutor:
-    """For copies and checks that would hold up the loop. Few, as all connections share one memory bandwidth."""
-    return ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="shared memory")
+def maker() -> ThreadPoolExecutor:
+    """The thread in which segments are made: the kernel clears their pages first, which would hold up the loop."""
+    return ThreadPoolExecutor(1, thread_name_prefix="shared memory")
 
 
 def round_up(num_bytes: int) -> int:
@@ -105,10 +104,9 @@ class Segment:
             self._descriptor, self._memory = create(self.num_bytes)
 
     def write(self, payload: memoryview, start: int, stop: int) -> None:
-        """Copy these bytes of ``payload`` to their place. On any thread; does nothing once it was dropped."""
-        memory = self._memory
-        if memory is not None:
-            np.copyto(part_of(memory, stop)[start:], np.frombuffer(payload, np.uint8)[start:stop])
+        """Copy these bytes of ``payload`` to their place; the memory must be there."""
+        assert self._memory is not None
+        np.copyto(part_of(self._memory, stop)[start:], np.frombuffer(payload, np.uint8)[start:stop])
 
     def take_descriptor(self) -> int:
         """For the peer: the descriptor the first time, then -1."""
@@ -116,7 +114,7 @@ class Segment:
         return descriptor
 
     def drop(self) -> None:
-        """Let go of it. A thread that makes or fills it goes on; whoever waits for that thread drops it once more."""
+        """Let go of it. A thread that makes it goes on; whoever waits for that thread drops it once more."""
         self._memory = None
         if self._descriptor >= 0:
             os.close(self._descriptor)

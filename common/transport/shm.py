@@ -42,6 +42,7 @@ import os
 import re
 import secrets
 import socket
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ from common.transport.packets import PacketLink, ProtocolViolation
 from common.transport.piecewise import PIECE_BYTES
 from common.transport.segments import Segment, SegmentPool
 from common.transport.sender import BoundedSender, TransportLimits
-from common.transport.shm_inbox import ON_LOOP_BYTES, ShmInbox
+from common.transport.shm_inbox import ShmInbox
 from common.transport.shm_messages import (
     FORGET,
     FORGET_KIND,
@@ -88,7 +89,7 @@ TAKES_PORT: Final = False
 _MAX_FRAMES_IN_FLIGHT: Final = 128
 """Each may be a descriptor at both ends."""
 _PATIENCE: Final = 5.0
-"""Seconds for what should take none: the end of a copy or a check."""
+"""Seconds for what should take none: memory that the kernel hands out."""
 _RETRY_ACCEPT_SECONDS: Final = 1.0
 _ADDRESS: Final = re.compile(r"shm://([\w.-]{1,128})/([\w.-]{1,64})", re.ASCII)
 
@@ -103,7 +104,6 @@ class ShmReceiver:
         self._listener: socket.socket | None = None
         self._retrying: asyncio.TimerHandle | None = None
         self._inboxes: set[ShmInbox] = set()
-        self._jobs: set[asyncio.Future[None]] = set()
 
     async def start(self, sink: FrameSink) -> Endpoint:
         """Listen, and feed ``sink`` from callbacks of the loop. Raises ConfigError: the name is taken."""
@@ -124,8 +124,6 @@ class ShmReceiver:
             self._listener = None
         for inbox in list(self._inboxes):
             inbox.close()
-        if self._jobs:
-            await asyncio.wait(self._jobs, timeout=_PATIENCE)
 
     def _accept_from(self, listener: socket.socket, sink: FrameSink) -> None:
         asyncio.get_running_loop().add_reader(listener, self._accept, listener, sink)
@@ -147,9 +145,7 @@ class ShmReceiver:
             log.warning("refused a connection over shm: %s", error.strerror)
             connection.close()
             return
-        self._inboxes.add(
-            ShmInbox(connection, sink, self._limits, self._meter, self._jobs, on_closed=self._inboxes.discard)
-        )
+        self._inboxes.add(ShmInbox(connection, sink, self._limits, self._meter, on_closed=self._inboxes.discard))
 
 
 @dataclass(eq=False, slots=True)
@@ -161,7 +157,8 @@ class _Outgoing:
     payload: memoryview
     verdict: asyncio.Future[str]
     segment: Segment | None = None  # a small payload needs none
-    is_written: bool = False
+    num_written: int = 0
+    is_written: bool = False  # we do not touch its segment any more
     is_released: bool = False
 
 
@@ -177,15 +174,16 @@ class ShmSender(BoundedSender):
         self._has_room = asyncio.Event()
         self._pool = SegmentPool(segments.pool_bytes(limits))
         self._lent: dict[int, _Outgoing] = {}  # by segment: said to the peer and not released
-        self._copies: set[asyncio.Future[None]] = set()
+        self._making: set[asyncio.Future[None]] = set()  # segments
+        self._writing: deque[_Outgoing] = deque()  # the first of them
         self._numbers = itertools.count()
         self._pending: dict[int, _Outgoing] = {}
 
     async def close(self) -> None:
         """Drop the connection; pending sends fail with ``TransportFailed``."""
         self._hang_up("this end was closed")
-        if self._copies:
-            await asyncio.wait(self._copies, timeout=_PATIENCE)
+        if self._making:
+            await asyncio.wait(self._making, timeout=_PATIENCE)
 
     async def _connect(self) -> None:
         if self._link is None:
@@ -221,61 +219,83 @@ class ShmSender(BoundedSender):
         frame = _Outgoing(next(self._numbers), packed_header, payload, asyncio.get_running_loop().create_future())
         segment = frame.segment = None if len(payload) <= INLINE_BYTES else await self._take_segment(len(payload))
         self._pending[frame.number] = frame
-        if segment is not None and (not segment.is_there or len(payload) > ON_LOOP_BYTES):
-            self._start_copy(frame)
+        if segment is None:
+            self._say_frame(frame)
+        elif segment.is_there:
+            self._start_writing(frame)
         else:
-            if segment is not None:
-                segment.write(payload, 0, len(payload))
-            frame.is_written = True
-            self._say_frame(frame, len(payload))
+            self._start_making(frame, segment)
         return await frame.verdict
 
-    def _start_copy(self, frame: _Outgoing) -> None:
-        loop = asyncio.get_running_loop()
-        copying = loop.run_in_executor(segments.workers(), self._copy, frame, loop)
-        self._copies.add(copying)
-        copying.add_done_callback(functools.partial(self._on_copied, frame))
+    def _start_making(self, frame: _Outgoing, segment: Segment) -> None:
+        making = asyncio.get_running_loop().run_in_executor(segments.maker(), segment.make)
+        self._making.add(making)
+        making.add_done_callback(functools.partial(self._on_made, frame, segment))
 
-    def _copy(self, frame: _Outgoing, loop: asyncio.AbstractEventLoop) -> None:
-        """In a worker. Goes on when nobody waits for the frame any more: the peer does. Raises OSError: no memory."""
-        assert frame.segment is not None
-        frame.segment.make()
-        num_bytes = len(frame.payload)
-        if num_bytes > PIECE_BYTES:
-            loop.call_soon_threadsafe(self._say_frame, frame, 0)
-        for start in range(0, num_bytes, PIECE_BYTES):
-            stop = min(start + PIECE_BYTES, num_bytes)
-            frame.segment.write(frame.payload, start, stop)
-            loop.call_soon_threadsafe(self._say_written if num_bytes > PIECE_BYTES else self._say_frame, frame, stop)
-
-    def _on_copied(self, frame: _Outgoing, copying: "asyncio.Future[None]") -> None:
-        self._copies.discard(copying)
-        assert frame.segment is not None
-        failure = copying.exception()
+    def _on_made(self, frame: _Outgoing, segment: Segment, making: "asyncio.Future[None]") -> None:
+        self._making.discard(making)
+        failure = making.exception()
         if self.is_broken:
-            frame.segment.drop()
+            segment.drop()
         elif failure is not None:
-            frame.segment.drop()
-            self._pool.remove(frame.segment)
+            segment.drop()
+            self._pool.remove(segment)
             self._has_room.set()
             self._settle(frame.number, TransportFailed(f"no shared memory: {failure}"))
         else:
-            frame.is_written = True
-            self._maybe_give_back(frame)
+            self._start_writing(frame)
 
-    def _say_frame(self, frame: _Outgoing, num_written: int) -> None:
+    def _start_writing(self, frame: _Outgoing) -> None:
+        self._writing.append(frame)
+        if len(self._writing) == 1:
+            self._write_some()
+
+    def _write_some(self) -> None:
+        """A piece of the first frame; the next when the loop's other callbacks have had their turn.
+
+        Goes on when nobody waits for the frame any more: the peer does. Ends when that has refused it.
+        """
+        if self.is_broken:
+            return
+        try:
+            frame = self._writing[0]
+            if frame.number in self._pending:
+                self._write_piece(frame)
+            if self.is_broken:
+                return
+            if frame.number not in self._pending or frame.num_written == len(frame.payload):
+                self._writing.popleft()
+                frame.is_written = True
+                self._maybe_give_back(frame)
+        except BaseException:  # a mistake of ours, which the loop logs
+            self._hang_up("this end failed")
+            raise
+        if self._writing:
+            asyncio.get_running_loop().call_soon(self._write_some)
+
+    def _write_piece(self, frame: _Outgoing) -> None:
+        assert frame.segment is not None
+        start, stop = frame.num_written, min(frame.num_written + PIECE_BYTES, len(frame.payload))
+        frame.segment.write(frame.payload, start, stop)
+        frame.num_written = stop
+        if start == 0:
+            self._say_frame(frame)
+        else:
+            self._say_written(frame)
+
+    def _say_frame(self, frame: _Outgoing) -> None:
         assert self._link is not None
         number, descriptor, rest = 0, -1, frame.payload
         if frame.segment is not None:
             self._lent[frame.segment.number] = frame
             number, descriptor, rest = frame.segment.number, frame.segment.take_descriptor(), memoryview(b"")
-        sizes = len(frame.payload), num_written
+        sizes = len(frame.payload), frame.num_written
         prefix = FRAME.pack(FRAME_KIND, len(frame.packed_header), number, frame.number, *sizes)
         self._link.send(prefix, frame.packed_header, rest, descriptor=descriptor)
 
-    def _say_written(self, frame: _Outgoing, num_written: int) -> None:
+    def _say_written(self, frame: _Outgoing) -> None:
         assert self._link is not None
-        self._link.send(WRITTEN.pack(WRITTEN_KIND, frame.number, num_written))
+        self._link.send(WRITTEN.pack(WRITTEN_KIND, frame.number, frame.num_written))
 
     async def _take_segment(self, num_bytes: int) -> Segment:
         """Waits where a verdict has overtaken the release of its segment. Raises TransportFailed."""
@@ -352,6 +372,7 @@ class ShmSender(BoundedSender):
             self._link.close()
         self._pool.close()
         self._lent.clear()
+        self._writing.clear()
         for frame in self._pending.values():
             if not frame.verdict.done():
                 frame.verdict.set_exception(TransportFailed(failure))

@@ -6,7 +6,6 @@ is released when the last reference to the payload is gone, on whatever thread.
 
 import asyncio
 import contextlib
-import functools
 import logging
 import mmap
 import os
@@ -46,8 +45,6 @@ log = logging.getLogger(__name__)
 
 MIN_LENT_BYTES: Final = 256 * 2**10
 """Less is copied: each segment lent is a descriptor."""
-ON_LOOP_BYTES: Final = 256 * 2**10
-"""Copying or checking less takes less time than waking a thread."""
 _GREETING_SECONDS: Final = 5.0
 _MAX_QUEUED: Final = 1024
 """Answers that wait because the sender does not read: more than it can have frames and segments with us."""
@@ -72,15 +69,14 @@ class _Incoming:
 
     number: int
     header: FrameHeader
-    check: PiecewiseCheck | None  # None once it is over: whatever keeps the payload then is not ours
-    num_jobs: int = 0
+    check: PiecewiseCheck
+    is_scheduled: bool = False
 
 
 class ShmInbox:
     """One sender, seen from the receiver. Lives until either side hangs up.
 
     Args:
-        jobs: what threads still do for it, even when it is over; owned by the receiver.
         on_closed: called once, when it is over.
     """
 
@@ -90,13 +86,11 @@ class ShmInbox:
         sink: FrameSink,
         limits: TransportLimits,
         meter: ReceiveMeter,
-        jobs: set[asyncio.Future[None]],
         on_closed: Callable[["ShmInbox"], None],
     ) -> None:
         self._sink = sink
         self._limits = limits
         self._meter = meter
-        self._jobs = jobs
         self._on_closed = on_closed
         self._segments: dict[int, _Mapped] = {}
         self._mapped_bytes = 0
@@ -210,34 +204,25 @@ class ShmInbox:
             self._advance(incoming, num_bytes)
 
     def _advance(self, incoming: _Incoming, num_written: int) -> None:
-        assert incoming.check is not None
         if not incoming.check.grow(num_written):
             self._refuse("a payload that shrinks or overflows")
-        if num_written == incoming.header.payload_bytes <= ON_LOOP_BYTES:
-            incoming.check.run()
+        if incoming.check.is_waiting and not incoming.is_scheduled:
+            self._step(incoming)
+
+    def _step(self, incoming: _Incoming) -> None:
+        """Check a piece, and go on when the loop's other callbacks have had their turn."""
+        incoming.check.step()
+        incoming.is_scheduled = incoming.check.is_waiting
+        if incoming.is_scheduled:
+            self._loop.call_soon(self._on_turn, incoming)
+        elif incoming.check.is_complete:
             self._commit(incoming)
-        elif incoming.check.is_waiting and incoming.num_jobs < segments.NUM_WORKERS:
-            self._start_job(incoming)
 
-    def _start_job(self, incoming: _Incoming) -> None:
-        assert incoming.check is not None
-        incoming.num_jobs += 1
-        job = self._loop.run_in_executor(segments.workers(), incoming.check.run)
-        self._jobs.add(job)
-        job.add_done_callback(functools.partial(self._on_job_done, incoming))
-
-    def _on_job_done(self, incoming: _Incoming, job: "asyncio.Future[None]") -> None:
-        self._jobs.discard(job)
+    def _on_turn(self, incoming: _Incoming) -> None:
         if self._link.is_closed:
             return
         try:
-            job.result()
-            incoming.num_jobs -= 1
-            assert incoming.check is not None
-            if incoming.check.is_waiting:
-                self._start_job(incoming)
-            elif incoming.num_jobs == 0 and incoming.check.is_complete:
-                self._commit(incoming)
+            self._step(incoming)
         except BaseException:  # a mistake of ours: the loop logs it, and the sender takes another way
             self.close()
             raise
@@ -245,11 +230,11 @@ class ShmInbox:
     def _commit(self, incoming: _Incoming) -> None:
         """Bring a checked frame to the sink. What that does not keep is released before the verdict is told."""
         del self._incoming[incoming.number]
-        check, incoming.check = incoming.check, None
-        assert check is not None
+        check = incoming.check
+        del incoming.check
         verdict = "ok"
         try:
-            self._sink.commit(incoming.header, check.memory, check.crc())
+            self._sink.commit(incoming.header, check.memory, check.crc)
         except FrameRejected as rejection:
             verdict = rejection.reason
         del check

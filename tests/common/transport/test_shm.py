@@ -99,7 +99,7 @@ def num_open_files() -> int:
 
 @pytest.fixture(autouse=True)
 async def nothing_is_left() -> AsyncIterator[None]:
-    segments.workers().submit(int).result()  # so that its threads are there
+    segments.maker().submit(int).result()  # so that its thread is there
     files = num_open_files()
     yield
     gc.collect()
@@ -175,7 +175,9 @@ async def test_a_segment_that_is_released_late_is_waited_for_as_long_as_the_dead
         await eventually(lambda: pair.sender.inflight_bytes == MIB)
         await asyncio.sleep(0)
         nobody = asyncio.get_running_loop().create_future()
-        pair.sender._maybe_give_back(_Outgoing(0, b"", memoryview(b""), nobody, taken[0], True, True))
+        pair.sender._maybe_give_back(
+            _Outgoing(0, b"", memoryview(b""), nobody, taken[0], is_written=True, is_released=True)
+        )
         await send
         assert len(sink.ready) == 2
 
@@ -280,7 +282,7 @@ async def test_a_receiver_killed_with_segments_leaves_nothing():
     process.send_signal(signal.SIGSTOP)
     _, packed, payload = make_frame(number=1, num_tokens=32 * MIB_TOKENS)
     send = asyncio.create_task(sender.send(packed, payload, SECONDS))
-    await eventually(lambda: not sender._copies and len(sender._lent) > 0)
+    await eventually(lambda: not sender._writing and len(sender._lent) > 0)
     process.kill()
     await process.wait()
     with pytest.raises(TransportFailed):
