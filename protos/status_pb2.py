@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/status.proto\x12\x06\x64vd.v1\".\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x9c\x03\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nimage_size\x18\x03 \x01(\r\x12\x17\n\x0ftokens_per_tile\x18\x04 \x01(\r\x12\x19\n\x11min_dynamic_patch\x18\x05 \x01(\r\x12\x19\n\x11max_dynamic_patch\x18\x06 \x01(\r\x12\x15\n\ruse_thumbnail\x18\x07 \x01(\x08\x12\x1a\n\x12\x64ynamic_image_size\x18\x08 \x01(\x08\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x1b\n\x13\x64\x65\x66\x61ult_temperature\x18\n \x01(\x02\x12\x15\n\rdefault_top_p\x18\x0b \x01(\x02\x12\x15\n\rdefault_top_k\x18\x0c \x01(\x05\x12\"\n\x1a\x64\x65\x66\x61ult_repetition_penalty\x18\r \x01(\x02\x12\x10\n\x08is_flash\x18\x0e \x01(\x08\x12\x1e\n\x16vir_relative_threshold\x18\x0f \x01(\x02\x12\x1e\n\x16vir_absolute_threshold\x18\x10 \x01(\x02\"m\n\nVisionLoad\x12\x14\n\x0cqueued_tiles\x18\x01 \x01(\r\x12\x15\n\rrunning_tiles\x18\x02 \x01(\r\x12\x18\n\x10max_queued_tiles\x18\x03 \x01(\r\x12\x18\n\x10tiles_per_second\x18\x04 \x01(\x02\"\xb9\x01\n\x0cLanguageLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0e\x66ree_kv_blocks\x18\x03 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x04 \x01(\r\x12\x1a\n\x12\x66ree_feature_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fmax_num_waiting\x18\x06 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x07 \x01(\x02\"\'\n\x12WatchStatusRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\x8f\x02\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.dvd.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\x10\n\x08progress\x18\x05 \x01(\x04\x12 \n\x05model\x18\x06 \x01(\x0b\x32\x11.dvd.v1.ModelInfo\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\x12$\n\x06vision\x18\x08 \x01(\x0b\x32\x12.dvd.v1.VisionLoadH\x00\x12(\n\x08language\x18\t \x01(\x0b\x32\x14.dvd.v1.LanguageLoadH\x00\x42\x06\n\x04load*y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03*d\n\x0c\x46\x65\x61tureDtype\x12\x1d\n\x19\x46\x45\x41TURE_DTYPE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x45\x41TURE_DTYPE_BFLOAT16\x10\x01\x12\x19\n\x15\x46\x45\x41TURE_DTYPE_FLOAT32\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/status.proto\x12\x06\x64vd.v1\".\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x9c\x03\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nimage_size\x18\x03 \x01(\r\x12\x17\n\x0ftokens_per_tile\x18\x04 \x01(\r\x12\x19\n\x11min_dynamic_patch\x18\x05 \x01(\r\x12\x19\n\x11max_dynamic_patch\x18\x06 \x01(\r\x12\x15\n\ruse_thumbnail\x18\x07 \x01(\x08\x12\x1a\n\x12\x64ynamic_image_size\x18\x08 \x01(\x08\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x1b\n\x13\x64\x65\x66\x61ult_temperature\x18\n \x01(\x02\x12\x15\n\rdefault_top_p\x18\x0b \x01(\x02\x12\x15\n\rdefault_top_k\x18\x0c \x01(\x05\x12\"\n\x1a\x64\x65\x66\x61ult_repetition_penalty\x18\r \x01(\x02\x12\x10\n\x08is_flash\x18\x0e \x01(\x08\x12\x1e\n\x16vir_relative_threshold\x18\x0f \x01(\x02\x12\x1e\n\x16vir_absolute_threshold\x18\x10 \x01(\x02\"\x86\x01\n\nVisionLoad\x12\x14\n\x0cqueued_tiles\x18\x01 \x01(\r\x12\x15\n\rrunning_tiles\x18\x02 \x01(\r\x12\x18\n\x10max_queued_tiles\x18\x03 \x01(\r\x12\x18\n\x10tiles_per_second\x18\x04 \x01(\x02\x12\x17\n\x0fmax_batch_tiles\x18\x05 \x01(\r\"\xb9\x01\n\x0cLanguageLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0e\x66ree_kv_blocks\x18\x03 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x04 \x01(\r\x12\x1a\n\x12\x66ree_feature_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fmax_num_waiting\x18\x06 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x07 \x01(\x02\"\'\n\x12WatchStatusRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\x8f\x02\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.dvd.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\x10\n\x08progress\x18\x05 \x01(\x04\x12 \n\x05model\x18\x06 \x01(\x0b\x32\x11.dvd.v1.ModelInfo\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\x12$\n\x06vision\x18\x08 \x01(\x0b\x32\x12.dvd.v1.VisionLoadH\x00\x12(\n\x08language\x18\t \x01(\x0b\x32\x14.dvd.v1.LanguageLoadH\x00\x42\x06\n\x04load*y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03*d\n\x0c\x46\x65\x61tureDtype\x12\x1d\n\x19\x46\x45\x41TURE_DTYPE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x45\x41TURE_DTYPE_BFLOAT16\x10\x01\x12\x19\n\x15\x46\x45\x41TURE_DTYPE_FLOAT32\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.status_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=1108
-  _globals['_WORKERSTATE']._serialized_end=1229
-  _globals['_FEATUREDTYPE']._serialized_start=1231
-  _globals['_FEATUREDTYPE']._serialized_end=1331
+  _globals['_WORKERSTATE']._serialized_start=1134
+  _globals['_WORKERSTATE']._serialized_end=1255
+  _globals['_FEATUREDTYPE']._serialized_start=1257
+  _globals['_FEATUREDTYPE']._serialized_end=1357
   _globals['_ENDPOINT']._serialized_start=31
   _globals['_ENDPOINT']._serialized_end=77
   _globals['_MODELINFO']._serialized_start=80
   _globals['_MODELINFO']._serialized_end=492
-  _globals['_VISIONLOAD']._serialized_start=494
-  _globals['_VISIONLOAD']._serialized_end=603
-  _globals['_LANGUAGELOAD']._serialized_start=606
-  _globals['_LANGUAGELOAD']._serialized_end=791
-  _globals['_WATCHSTATUSREQUEST']._serialized_start=793
-  _globals['_WATCHSTATUSREQUEST']._serialized_end=832
-  _globals['_WORKERSTATUS']._serialized_start=835
-  _globals['_WORKERSTATUS']._serialized_end=1106
+  _globals['_VISIONLOAD']._serialized_start=495
+  _globals['_VISIONLOAD']._serialized_end=629
+  _globals['_LANGUAGELOAD']._serialized_start=632
+  _globals['_LANGUAGELOAD']._serialized_end=817
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=819
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=858
+  _globals['_WORKERSTATUS']._serialized_start=861
+  _globals['_WORKERSTATUS']._serialized_end=1132
 # @@protoc_insertion_point(module_scope)

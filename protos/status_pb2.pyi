@@ -71,16 +71,18 @@ class ModelInfo(_message.Message):
     def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., image_size: _Optional[int] = ..., tokens_per_tile: _Optional[int] = ..., min_dynamic_patch: _Optional[int] = ..., max_dynamic_patch: _Optional[int] = ..., use_thumbnail: _Optional[bool] = ..., dynamic_image_size: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., default_temperature: _Optional[float] = ..., default_top_p: _Optional[float] = ..., default_top_k: _Optional[int] = ..., default_repetition_penalty: _Optional[float] = ..., is_flash: _Optional[bool] = ..., vir_relative_threshold: _Optional[float] = ..., vir_absolute_threshold: _Optional[float] = ...) -> None: ...
 
 class VisionLoad(_message.Message):
-    __slots__ = ("queued_tiles", "running_tiles", "max_queued_tiles", "tiles_per_second")
+    __slots__ = ("queued_tiles", "running_tiles", "max_queued_tiles", "tiles_per_second", "max_batch_tiles")
     QUEUED_TILES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_TILES_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_TILES_FIELD_NUMBER: _ClassVar[int]
     TILES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TILES_FIELD_NUMBER: _ClassVar[int]
     queued_tiles: int
     running_tiles: int
     max_queued_tiles: int
     tiles_per_second: float
-    def __init__(self, queued_tiles: _Optional[int] = ..., running_tiles: _Optional[int] = ..., max_queued_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ...) -> None: ...
+    max_batch_tiles: int
+    def __init__(self, queued_tiles: _Optional[int] = ..., running_tiles: _Optional[int] = ..., max_queued_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ..., max_batch_tiles: _Optional[int] = ...) -> None: ...
 
 class LanguageLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "free_feature_bytes", "max_num_waiting", "tokens_per_second")

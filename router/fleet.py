@@ -22,6 +22,7 @@ from router.hedging import EncodeTimes
 from router.outliers import is_slow
 from router.quarantine import Quarantine
 from router.retry_budget import RetryBudget
+from router.turns import Turns
 from router.workers import REFUSALS, LanguageWorker, LossKind, ServerLost, Tier, VisionWorker, Worker
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ RETURN_SECONDS: Final = 10.0
 """A server that was lost is expected back for so long: what needs it waits, later requests are refused at once."""
 LAST_STUCK_SECONDS: Final = 30.0
 """The last usable server of a tier may be without progress for so long: giving it up helps nobody sooner."""
+_BATCHES_UNDER_WAY: Final = 4
+"""For each vision server: one that it computes, one that it decodes, and two that language servers read."""
 _LOSS_KINDS: Final[dict[str, LossKind]] = {"reset": "reset", "heartbeat": "heartbeat", "closed": "closed"}
 _CIRCUIT_STATES: Final = {"closed": 0, "half_open": 1, "open": 2}
 
@@ -77,6 +80,7 @@ class Fleet:
         self.fingerprint: bytes | None = None
         self.model: ModelInfo | None = None  # last known, so that /v1/models answers without any server
         self.quarantine = Quarantine()
+        self.turns = Turns(self._max_tiles_under_way)
         self.encode_times = EncodeTimes(hedge_quantile)
         self.budgets: dict[Tier, RetryBudget] = {"vision": RetryBudget(), "language": RetryBudget()}
         self._leave_timeout = leave_timeout
@@ -117,6 +121,11 @@ class Fleet:
         """There is a usable server, or one was usable lately and may be again in a moment."""
         workers = self._vision if tier == "vision" else self._language
         return any(_is_expected(worker) for worker in workers.values())
+
+    def _max_tiles_under_way(self) -> int:
+        """Batches that keep every vision server busy while others are on their way to it, or are read as prompts."""
+        loads = [worker.status.vision for worker in self.vision if worker.is_usable and worker.status is not None]
+        return sum(_BATCHES_UNDER_WAY * load.max_batch_tiles for load in loads)
 
     def set_vision(self, addresses: Iterable[str]) -> None:
         """These are the vision servers from now on."""
@@ -393,6 +402,7 @@ class Fleet:
         self._relieve(self.vision)
         self._relieve(self.language)
         self._count_states()
+        self.turns.grant()
         # Wakes every waiter; the next one waits on a fresh event.
         self._changed.set()
         self._changed = asyncio.Event()

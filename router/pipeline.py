@@ -22,6 +22,7 @@ from router.quarantine import Trial
 from router.record import RequestRecord
 from router.replay import Progress
 from router.request import ChatRequest
+from router.turns import Turn
 from router.workers import LanguageWorker
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class Pipeline:
         """
         try:
             async with asyncio.timeout(request.deadline.remaining()):
-                await _Run(self._fleet, request, answer, record).to_its_end()
+                with await self._fleet.turns.take(record.num_tiles) as turn:
+                    await _Run(self._fleet, request, answer, record, turn).to_its_end()
         except TimeoutError:
             raise DeadlineExceeded("the request's time is used up") from None
 
@@ -67,11 +69,12 @@ class Pipeline:
 class _Run:
     """One request on its way through the language tier."""
 
-    def __init__(self, fleet: Fleet, request: ChatRequest, answer: Answer, record: RequestRecord) -> None:
+    def __init__(self, fleet: Fleet, request: ChatRequest, answer: Answer, record: RequestRecord, turn: Turn) -> None:
         self._fleet = fleet
         self._request = request
         self._answer = answer
         self._record = record
+        self._turn = turn
         self._progress = Progress(request.num_choices)
         self._search = LanguageSearch(fleet, request.prefix)
         self._is_admitted = False  # by the language server that has the request now
@@ -146,6 +149,7 @@ class _Run:
                 metrics.REPLAYS.labels("ok").inc()
             kind = event.WhichOneof("event")
             if kind == "token":
+                self._turn.is_over()
                 self._record.token(event.token)
                 self._progress.token(event.token)
                 await self._answer.on_token(event.token)

@@ -160,7 +160,10 @@ class RouterServer:
         metrics.set_model(next(iter(self.models.names), ""))
         metrics.set_state("starting")
         metrics.REQUESTS_RUNNING.set_function(lambda: self.admission.num_running)
-        metrics.REQUESTS_WAITING.labels("language").set_function(lambda: self.admission.num_waiting)
+        metrics.REQUESTS_WAITING.labels("budget").set_function(lambda: self.fleet.turns.num_waiting)
+        metrics.REQUESTS_WAITING.labels("language").set_function(
+            lambda: self.admission.num_waiting - self.fleet.turns.num_waiting
+        )
 
 
 def _limits(settings: RouterSettings) -> AdmissionLimits:

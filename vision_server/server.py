@@ -188,6 +188,7 @@ class VisionServer:
             running_tiles=self.compute.running_tiles,
             max_queued_tiles=self.settings.max_queued_tiles,
             tiles_per_second=self.compute.tiles_per_second,
+            max_batch_tiles=self._batch_tiles,
         )
 
 
