@@ -26,7 +26,7 @@ check: $(STAMP)
 	$(BIN)/codespell
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --ignore=tests/faults
+	$(BIN)/python -m pytest -n 3
 
 demo: $(STAMP)
 	$(BIN)/dvd demo
@@ -46,7 +46,7 @@ bench: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks soak --results benchmarks/results
 
-# Whole systems under faults: a quarter of an hour. FAULTS=all tries every variant of each.
+# Whole systems under faults, alone: a quarter of an hour. FAULTS=all tries every variant of each.
 faults: $(STAMP)
 	$(BIN)/python -m pytest -n 0 tests/faults
 

@@ -27,6 +27,7 @@ from benchmarks.record import write_record
 from benchmarks.serve import print_table
 from benchmarks.tables import Table, number
 from benchmarks.workload import jpeg
+from common.service.errors import ConfigError
 from deploy.local import LocalDeployment
 from deploy.nano import data
 from deploy.settings import ServeSettings, model_directory
@@ -204,6 +205,8 @@ async def measure(address: str, seconds: float, factor: float, text_rate: float,
         peak.images, peak.texts = await asyncio.gather(
             closed_loop(crowd.ask_image, num_clients, seconds), open_loop(crowd.ask_text, text_rate, seconds)
         )
+        if not peak.goodput:
+            raise ConfigError(f"no picture was answered within {seconds:g} s")
         overload.images, overload.texts = await asyncio.gather(
             open_loop(crowd.ask_image, factor * peak.goodput, seconds, rng),
             open_loop(crowd.ask_text, text_rate, seconds),

@@ -1,7 +1,7 @@
 """Tests start many processes on few cores: one thread each, and no OpenMP thread that waits by spinning. GPU kernels
 run in Triton's interpreter.
 
-``make test`` runs two tests at a time, as most of them wait for processes that start: module by module, so that what
+``make test`` runs three tests at a time, as most of them wait for processes that start: module by module, so that what
 a module shares is started once, and the modules that take longest first.
 """
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults import chaos
+from tests.faults.load import Load
 from tests.faults.system import System
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "300"))
@@ -18,6 +19,14 @@ pytestmark = pytest.mark.timeout(2 * SECONDS + 600)
 def system(tmp_path_factory) -> Iterator[System]:
     with System(tmp_path_factory.mktemp("chaos"), proxied=True) as system:
         yield system
+
+
+@pytest.fixture(scope="module")
+def load(system) -> Iterator[Load]:
+    """Three requests a second at most: what matters is how long it lasts, and other tests run beside it."""
+    with Load(system, pause=1.0) as load:
+        load.pause()
+        yield load
 
 
 def test_row_30_whatever_happens_every_answer_is_right(system, load):

@@ -187,7 +187,7 @@ def test_vision_follows_a_load_step_by_itself(operator):
     }
     operator.done("up", operator.file("alone", vision={"max_replicas": 3}, autoscale=rules))
     urls = router_urls(operator.look()["servers"])
-    with Traffic(urls, num_clients=4, pause=0) as traffic:
+    with Traffic(urls, num_clients=8, pause=0) as traffic:
         wait_until(lambda: operator.look()["groups"]["vision"]["desired"] == 3, what="for growth")
         operator.wait_well()
         traffic.wait_for(10)
