@@ -7,6 +7,9 @@ a module shares is started once, and the modules that take longest first.
 
 import gc
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -33,8 +36,19 @@ SLOWEST: Final = (
     "tests/router/",
 )
 """In this order; the rest is quick."""
+ROOT: Final = Path(__file__).parents[1]
+KERNELS: Final = ROOT / "language_server" / "kernels" / "__pycache__"
+"""Where Numba keeps what it has compiled."""
 OF_THEIR_OWN: Final = ("test_node_groups", "test_parity", "test_start_up_errors", "test_tensor_parallel")
 """Modules of ``end_to_end`` that start their own systems; the others share one."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    is_first_of_many = bool(session.config.getoption("numprocesses", None)) and not hasattr(
+        session.config, "workerinput"
+    )
+    if is_first_of_many and not any(KERNELS.glob("*.nbi")):
+        subprocess.run([sys.executable, "-m", "tests.compile_kernels"], check=True, cwd=ROOT, timeout=600)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
