@@ -47,6 +47,7 @@ from protos.language_pb2 import (
     GenerateRequest,
     ImageTicket,
     LanguageTimings,
+    RawPrompt,
     Usage,
 )
 from protos.status_pb2 import Endpoint, FeatureDtype
@@ -160,10 +161,21 @@ class Generation:
     # --- before the engine
 
     async def _tokenise(self) -> Prompt:
+        if self._request.HasField("raw"):
+            prompt = await self._tokenise_raw(self._request.raw)
+            if not prompt.num_text_tokens:
+                raise InvalidRequest("the prompt is empty", param="messages")
+            return prompt
         messages, layout = self._request.messages, self._backend.features.layout
         num_tiles = [layout.num_tiles(image.max_num_tokens) for image in self._request.images]
         build = partial(self._backend.prompts.build, messages, num_tiles, thinking=self._request.thinking)
         if sum(len(part.text) or _BLOCK_CHARS for message in messages for part in message.parts) < _INLINE_CHARS:
+            return build()
+        return await asyncio.get_running_loop().run_in_executor(self._backend.tokenising, build)
+
+    async def _tokenise_raw(self, raw: RawPrompt) -> Prompt:
+        build = partial(self._backend.prompts.build_raw, raw, self._backend.vocab_size)
+        if raw.ByteSize() < _INLINE_CHARS:
             return build()
         return await asyncio.get_running_loop().run_in_executor(self._backend.tokenising, build)
 

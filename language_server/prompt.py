@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from common.service.errors import CheckpointError, InvalidRequest
 from language_server.image_spans import ImageSpan, ImageSpans
 from language_server.tokenizer import Tokenizer
-from protos.language_pb2 import ChatMessage, ContentPart
+from protos.language_pb2 import ChatMessage, ContentPart, RawPrompt
 
 IMAGE_START: Final = "<img>"
 IMAGE_END: Final = "</img>"
@@ -264,6 +264,21 @@ class PromptBuilder:
         if text:
             _extend(runs, self._tokenizer.encode(text))
         return Prompt(tuple(runs), self._image_token_id)
+
+    def build_raw(self, raw: RawPrompt, vocab_size: int) -> Prompt:
+        """Tokenise a prompt that has no chat format: text in which only grounding tokens are special, or ids.
+
+        Raises:
+            InvalidRequest: an id outside the vocabulary, or the placeholder of an image.
+        """
+        ids = list(raw.token_ids.ids)
+        if raw.WhichOneof("prompt") == "text":
+            ids = [*(self._tokenizer.prefix_ids if raw.add_special_tokens else ()), *self._tokenizer.encode(raw.text)]
+        if any(token_id >= vocab_size for token_id in ids):
+            raise InvalidRequest(f"a token id is outside the vocabulary of {vocab_size}", param="messages")
+        if self._image_token_id in ids:
+            raise InvalidRequest("the prompt holds the placeholder of an image", param="messages")
+        return Prompt((ids,), self._image_token_id)
 
     def _with_system_message(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
         if self._system_message is None or any(message.role == "system" for message in messages):

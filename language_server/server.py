@@ -43,6 +43,7 @@ from language_server.servicer import LanguageServicer
 from language_server.settings import LanguageSettings
 from language_server.tensor_parallel.leader import TensorParallelBackbone, load_tensor_parallel, rank_devices
 from language_server.tensor_parallel.plan import check_size
+from language_server.texts import Texts
 from language_server.token_rate import TokenRate
 from language_server.tokenizer import Tokenizer
 from protos import frame, language_pb2_grpc
@@ -165,6 +166,7 @@ class LanguageServer:
         # Before the first request that needs it: meanwhile all others would stand still.
         grammars = await asyncio.get_running_loop().run_in_executor(self._compiling, self._make_grammars)
         self._servicer.backend = self._make_backend(self._deliver_to, engine, grammars)
+        self._servicer.texts = self._make_texts()
         self._model_info.max_model_len = engine.max_model_len  # less where KV memory is short
         self._export_gauges()
         self.board.state = WORKER_STATE_READY
@@ -296,6 +298,15 @@ class LanguageServer:
             max_stream_events=self.settings.max_stream_events,
             feature_timeout=self.settings.feature_timeout,
             seq_ids=itertools.count(),
+        )
+
+    def _make_texts(self) -> Texts:
+        return Texts(
+            self._prompts,
+            self._tokenizer,
+            self._tokenising,
+            tokens_per_tile=self.config.tokens_per_tile,
+            vocab_size=self.config.vocab_size,
         )
 
     @property

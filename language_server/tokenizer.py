@@ -5,7 +5,7 @@ Knows nothing of chat formats (prompt.py) or streams (detokenizer.py).
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,6 +94,14 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary spells a token. Empty for an id the vocabulary pads up to."""
+        return self._backend.id_to_token(token_id) or ""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return str(self._backend.decode(token_ids, skip_special_tokens=False))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text. Empty for an id the vocabulary pads up to."""

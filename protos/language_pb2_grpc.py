@@ -40,6 +40,16 @@ class LanguageStub:
                 request_serializer=protos_dot_language__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_language__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/dvd.v1.Language/Tokenize',
+                request_serializer=protos_dot_language__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=protos_dot_language__pb2.TokenizeReply.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/dvd.v1.Language/Detokenize',
+                request_serializer=protos_dot_language__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=protos_dot_language__pb2.DetokenizeReply.FromString,
+                _registered_method=True)
         self.WatchStatus = channel.unary_stream(
                 '/dvd.v1.Language/WatchStatus',
                 request_serializer=protos_dot_status__pb2.WatchStatusRequest.SerializeToString,
@@ -59,6 +69,20 @@ class LanguageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """router -> language: the ids that Generate would compute for a prompt. Computes nothing itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """router -> language: the text of ids, special tokens included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchStatus(self, request, context):
         """router -> language: state and load, for as long as the router lives.
         """
@@ -73,6 +97,16 @@ def add_LanguageServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=protos_dot_language__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_language__pb2.GenerateEvent.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=protos_dot_language__pb2.TokenizeRequest.FromString,
+                    response_serializer=protos_dot_language__pb2.TokenizeReply.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=protos_dot_language__pb2.DetokenizeRequest.FromString,
+                    response_serializer=protos_dot_language__pb2.DetokenizeReply.SerializeToString,
             ),
             'WatchStatus': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchStatus,
@@ -107,6 +141,60 @@ class Language:
             '/dvd.v1.Language/Generate',
             protos_dot_language__pb2.GenerateRequest.SerializeToString,
             protos_dot_language__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dvd.v1.Language/Tokenize',
+            protos_dot_language__pb2.TokenizeRequest.SerializeToString,
+            protos_dot_language__pb2.TokenizeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dvd.v1.Language/Detokenize',
+            protos_dot_language__pb2.DetokenizeRequest.SerializeToString,
+            protos_dot_language__pb2.DetokenizeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,7 @@ from router.api import system
 from router.api.chat import ChatEndpoint, draining
 from router.api.exchange import Exchange
 from router.api.models import GetModel, ListModels, ModelList
+from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from router.discovery import Discovery
 from router.fleet import Fleet
 from router.settings import RouterSettings
@@ -109,9 +110,11 @@ class RouterServer:
         )
 
     def _make_routes(self) -> list[Route]:
-        chat = ChatEndpoint(self.fleet, self.models, self.admission, self.settings, self._cut_off)
+        parts = (self.fleet, self.models, self.admission, self.settings, self._cut_off)
         return [
-            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/chat/completions", ChatEndpoint(*parts), methods=["POST"]),
+            Route("/tokenize", TokenizeEndpoint(*parts), methods=["POST"]),
+            Route("/detokenize", DetokenizeEndpoint(*parts), methods=["POST"]),
             Route("/v1/models", ListModels(self.models), methods=["GET"]),
             Route("/v1/models/{model_id:path}", GetModel(self.models), methods=["GET"]),
             Route("/live", system.Live(), methods=["GET"]),

@@ -27,7 +27,14 @@ from common.service.errors import (
     was_raised_by_us,
 )
 from common.service.rpc import make_leased_channel
-from protos.language_pb2 import GenerateEvent, GenerateRequest
+from protos.language_pb2 import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    GenerateEvent,
+    GenerateRequest,
+    TokenizeReply,
+    TokenizeRequest,
+)
 from protos.language_pb2_grpc import LanguageStub
 from protos.status_pb2 import (
     WORKER_STATE_DRAINING,
@@ -379,6 +386,20 @@ class LanguageWorker(Worker):
         call = self._stub.Generate(request, timeout=timeout)
         with self._open(call, request.sampling.n) as opened:
             yield _Events(self, call, opened)
+
+    async def tokenize(self, request: TokenizeRequest, timeout: float) -> TokenizeReply:
+        """The ids of a prompt. Raises DvdError."""
+        call = self._stub.Tokenize(request, timeout=timeout)
+        with self._open(call, 0):
+            reply: TokenizeReply = await call
+            return reply
+
+    async def detokenize(self, request: DetokenizeRequest, timeout: float) -> DetokenizeReply:
+        """The text of ids. Raises DvdError."""
+        call = self._stub.Detokenize(request, timeout=timeout)
+        with self._open(call, 0):
+            reply: DetokenizeReply = await call
+            return reply
 
     def _make_stub(self, channel: grpc.aio.Channel) -> LanguageStub:
         return LanguageStub(channel)  # type: ignore[no-untyped-call]

@@ -1,12 +1,15 @@
-"""``POST /v1/chat/completions``: from the bytes of a body to an answer, and the watch for a client that leaves."""
+"""``POST /v1/chat/completions``: from the bytes of a body to an answer, and the watch for a client that leaves, which
+other routes share.
+"""
 
+import abc
 import asyncio
 import logging
 import re
 import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from starlette.types import Receive, Scope, Send
 
@@ -36,14 +39,16 @@ from router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
 
-_LARGE_BODY_BYTES: Final = 256 * 1024
+LARGE_BODY_BYTES: Final = 256 * 1024
 """Bodies above this are read in a thread, so that they do not hold up the tokens of others."""
 _MAX_NAMED_FIELDS: Final = 10
 _UNCLEAN: Final = re.compile(r"[^A-Za-z0-9_.-]")
 
 
-class ChatEndpoint:
-    """An ASGI application for one route. Raises DvdError; the exchange's owner tells the client."""
+class BodyEndpoint(abc.ABC):
+    """An ASGI application for one route that takes a body. Raises DvdError; the exchange's owner tells the client."""
+
+    generates: ClassVar[bool] = True  # and is counted and logged as such
 
     def __init__(
         self,
@@ -63,7 +68,7 @@ class ChatEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange.of(scope)
-        exchange.record.is_chat = True
+        exchange.record.is_chat = self.generates
         with self._admission.hold(0) as held:
             # Nobody but the work itself holds on to the body.
             work = self._answer(exchange, await self._read_body(exchange, receive, held))
@@ -120,27 +125,9 @@ class ChatEndpoint:
         except TimeoutError:
             raise RequestReadTimeout("the body took too long to arrive") from None
 
+    @abc.abstractmethod
     async def _answer(self, exchange: Exchange, body: bytes) -> None:
-        exchange.record.stage = "admit"
-        is_large = len(body) > _LARGE_BODY_BYTES
-        parsed, ignored = await _in_thread_if(is_large, parse_chat, body)
-        del body  # as large as all images together; the answer may take minutes
-        _name_request(exchange, parsed)
-        _refuse_ignored(exchange, ignored)
-        model = self._check_model(parsed)
-        media = MediaCount.of(parsed)
-        self._check_servers(media)
-        exchange.record.num_images, exchange.record.num_videos = media.images, media.videos
-        exchange.record.kind = "image" if media.items else "text"
-        exchange.record.is_flash = model.is_flash
-        seconds_left = self._time_limit(exchange) - exchange.record.age()
-        with self._admission.enter(exchange.record.kind, seconds_left) as slot:
-            request = await self._translate(exchange, parsed, model, is_large)
-            slot.weigh(request.num_prompt_tokens, exchange.record.num_tiles)
-            answer = self._make_answer(exchange, parsed, slot, _ignored_header(ignored))
-            del parsed  # likewise: it still holds every image in base64
-            await self._pipeline.run(request, answer, exchange.record)
-            await answer.end()
+        """Everything between the body and the last byte of the answer. Cancelled when the client leaves."""
 
     async def _translate(
         self, exchange: Exchange, parsed: ChatCompletionRequest, model: ModelInfo, is_large: bool
@@ -149,13 +136,13 @@ class ChatEndpoint:
         origin = Origin(
             request_id=secrets.token_bytes(16),
             tenant=exchange.tenant,
-            deadline=Deadline(exchange.record.received_at + self._time_limit(exchange)),
+            deadline=self._deadline(exchange),
         )
         messages: list[ReadMessage]
-        messages = await _in_thread_if(is_large, read_messages, parsed, model, self._settings)
+        messages = await in_thread_if(is_large, read_messages, parsed, model, self._settings)
         await self._learn_lengths(messages, origin.deadline)
         request: ChatRequest
-        request = await _in_thread_if(is_large, translate, parsed, messages, origin, model, self._settings)
+        request = await in_thread_if(is_large, translate, parsed, messages, origin, model, self._settings)
         if request.images:
             exchange.record.media_seconds = time.monotonic() - started_at
             exchange.record.num_tiles = sum(image.num_tiles for image in request.images)
@@ -169,6 +156,57 @@ class ChatEndpoint:
             for medium, length in zip(unknown, await probe_lengths(self._fleet, videos, deadline), strict=True):
                 medium.set_length(length)
 
+    def _check_model(self, name: str | None) -> ModelInfo:
+        """What is served. Raises NotFound for another model, Overloaded while nothing is known yet."""
+        # Before the first server has spoken any name may turn out to be right.
+        if name is not None and self._models.is_known and not self._models.knows(name):
+            raise NotFound(f"no model {name[:64]!r} here", code="model_not_found", param="model")
+        if self._fleet.model is None:
+            raise _not_ready()
+        return self._fleet.model
+
+    def _check_servers(self, *, has_media: bool) -> None:
+        if not self._fleet.may_have("language") or (has_media and not self._fleet.may_have("vision")):
+            raise _not_ready()
+
+    def _deadline(self, exchange: Exchange) -> Deadline:
+        return Deadline(exchange.record.received_at + self._time_limit(exchange))
+
+    def _time_limit(self, exchange: Exchange) -> float:
+        """Seconds from receipt: what the client grants, capped by our own limit."""
+        asked = exchange.headers.get("x-dvd-deadline-ms")
+        if asked is None:
+            return self._settings.request_timeout
+        if not (asked.isascii() and asked.isdigit() and 0 < len(asked) <= 12 and int(asked) > 0):
+            raise InvalidRequest("X-Dvd-Deadline-Ms must be a positive whole number", param="X-Dvd-Deadline-Ms")
+        return min(int(asked) / 1e3, self._settings.request_timeout)
+
+
+class ChatEndpoint(BodyEndpoint):
+    """``POST /v1/chat/completions``."""
+
+    async def _answer(self, exchange: Exchange, body: bytes) -> None:
+        exchange.record.stage = "admit"
+        is_large = len(body) > LARGE_BODY_BYTES
+        parsed, ignored = await in_thread_if(is_large, parse_chat, body)
+        del body  # as large as all images together; the answer may take minutes
+        name_request(exchange, parsed)
+        refuse_ignored(exchange, ignored)
+        model = self._check_model(parsed.model)
+        media = MediaCount.of(parsed)
+        self._check_servers(has_media=media.items > 0)
+        exchange.record.num_images, exchange.record.num_videos = media.images, media.videos
+        exchange.record.kind = "image" if media.items else "text"
+        exchange.record.is_flash = model.is_flash
+        seconds_left = self._time_limit(exchange) - exchange.record.age()
+        with self._admission.enter(exchange.record.kind, seconds_left) as slot:
+            request = await self._translate(exchange, parsed, model, is_large)
+            slot.weigh(request.num_prompt_tokens, exchange.record.num_tiles)
+            answer = self._make_answer(exchange, parsed, slot, ignored_header(ignored))
+            del parsed  # likewise: it still holds every image in base64
+            await self._pipeline.run(request, answer, exchange.record)
+            await answer.end()
+
     def _make_answer(
         self, exchange: Exchange, parsed: ChatCompletionRequest, slot: Slot, headers: Mapping[str, str]
     ) -> FullAnswer | StreamAnswer:
@@ -181,46 +219,24 @@ class ChatEndpoint:
         )
         return StreamAnswer(exchange, slot, options) if parsed.stream else FullAnswer(exchange, slot, options)
 
-    def _check_model(self, parsed: ChatCompletionRequest) -> ModelInfo:
-        """What is served. Raises NotFound for another model, Overloaded while nothing is known yet."""
-        # Before the first server has spoken any name may turn out to be right.
-        if parsed.model is not None and self._models.is_known and not self._models.knows(parsed.model):
-            raise NotFound(f"no model {parsed.model[:64]!r} here", code="model_not_found", param="model")
-        if self._fleet.model is None:
-            raise _not_ready()
-        return self._fleet.model
-
-    def _check_servers(self, media: MediaCount) -> None:
-        if not self._fleet.may_have("language") or (media.items and not self._fleet.may_have("vision")):
-            raise _not_ready()
-
-    def _time_limit(self, exchange: Exchange) -> float:
-        """Seconds from receipt: what the client grants, capped by our own limit."""
-        asked = exchange.headers.get("x-dvd-deadline-ms")
-        if asked is None:
-            return self._settings.request_timeout
-        if not (asked.isascii() and asked.isdigit() and 0 < len(asked) <= 12 and int(asked) > 0):
-            raise InvalidRequest("X-Dvd-Deadline-Ms must be a positive whole number", param="X-Dvd-Deadline-Ms")
-        return min(int(asked) / 1e3, self._settings.request_timeout)
-
 
 async def _wait_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _in_thread_if(is_large: bool, function: Any, *arguments: Any) -> Any:
+async def in_thread_if(is_large: bool, function: Any, *arguments: Any) -> Any:
     return await asyncio.to_thread(function, *arguments) if is_large else function(*arguments)
 
 
-def _name_request(exchange: Exchange, parsed: ChatCompletionRequest) -> None:
+def name_request(exchange: Exchange, parsed: ChatCompletionRequest) -> None:
     """The header's id wins over the body's."""
     in_body = parsed.request_id or parsed.rid
     if in_body is not None and not exchange.has_own_id:
         exchange.record.request_id = in_body
 
 
-def _refuse_ignored(exchange: Exchange, ignored: Sequence[str]) -> None:
+def refuse_ignored(exchange: Exchange, ignored: Sequence[str]) -> None:
     if not ignored:
         return
     log.debug("request id=%s: ignored fields: %s", exchange.record.request_id, _clean(ignored))
@@ -230,7 +246,7 @@ def _refuse_ignored(exchange: Exchange, ignored: Sequence[str]) -> None:
         )
 
 
-def _ignored_header(ignored: Sequence[str]) -> dict[str, str]:
+def ignored_header(ignored: Sequence[str]) -> dict[str, str]:
     return {"x-dvd-ignored": _clean(ignored)} if ignored else {}
 
 

@@ -5,7 +5,7 @@ Bounds that depend on the model or on options are checked in ``translate``. ``nu
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -183,7 +183,7 @@ class ChatCompletionRequest(Struct):
 
 # Fields that would change or constrain the output and that nothing here can honour yet, with the values that ask for
 # nothing. Everything else in them is refused: a 200 with free text would be a lie.
-_UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
+UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -211,6 +211,7 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "continue_final_message": (False,),
 }
 
+StructT = TypeVar("StructT", bound=Struct)
 _top_level = msgspec.json.Decoder(dict[str, Raw])
 _chat = msgspec.json.Decoder(ChatCompletionRequest)
 _WHERE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
@@ -224,15 +225,29 @@ def parse_chat(body: bytes) -> tuple[ChatCompletionRequest, list[str]]:
     Raises:
         InvalidRequest: ``invalid_json``, ``invalid_value`` with the field's path, or ``unsupported_parameter``.
     """
+    return parse_body(body, _chat, UNSUPPORTED)
+
+
+def parse_body(
+    body: bytes, decoder: msgspec.json.Decoder[StructT], unsupported: Mapping[str, tuple[Any, ...]]
+) -> tuple[StructT, list[str]]:
+    """The request, and the names of top-level fields that mean nothing to us.
+
+    Args:
+        unsupported: fields that are refused, with values that ask for nothing.
+
+    Raises:
+        InvalidRequest: as ``parse_chat``.
+    """
     _check_nesting(body)
     fields: dict[str, Raw] = _decode(_top_level, body)
-    for name in _UNSUPPORTED.keys() & fields.keys():
-        _check_inert(name, bytes(fields[name]))
+    for name in unsupported.keys() & fields.keys():
+        _check_inert(name, bytes(fields[name]), unsupported[name])
     if len(memoryview(fields.get("chat_template_kwargs", NULL))) > MAX_TEMPLATE_KWARGS_BYTES:
         message = f"chat_template_kwargs may have at most {MAX_TEMPLATE_KWARGS_BYTES} bytes"
         raise InvalidRequest(message, param="chat_template_kwargs")
-    request: ChatCompletionRequest = _decode(_chat, body)
-    known = _UNSUPPORTED.keys() | set(ChatCompletionRequest.__struct_fields__)
+    request: StructT = _decode(decoder, body)
+    known = unsupported.keys() | set(request.__struct_fields__)
     unknown = sorted(fields.keys() - known)
     return request, [name for name in unknown if bytes(memoryview(fields[name])[:5]) != b"null"]
 
@@ -257,10 +272,9 @@ def _explain(message: str) -> tuple[str, str | None]:
     return f"{path}: {reason}" if path else reason, path or None
 
 
-def _check_inert(name: str, raw: bytes) -> None:
-    inert = (None, *_UNSUPPORTED[name])
+def _check_inert(name: str, raw: bytes, inert: tuple[Any, ...]) -> None:
     # None of the harmless values is long; a long one need not even be read.
-    if len(raw) > 1024 or msgspec.json.decode(raw) not in inert:
+    if len(raw) > 1024 or msgspec.json.decode(raw) not in (None, *inert):
         raise InvalidRequest(f"{name} is not supported by this server", code="unsupported_parameter", param=name)
 
 

@@ -208,6 +208,9 @@ class FakeLanguage(FakeWorker):
         self.resident: dict[bytes, bytes] = {}  # mm_hash -> image: not asked for again
         self.keeps_features = False  # whatever arrives becomes resident
         self.is_old = False  # knows nothing of continuations
+        self.texts: list[lang.TokenizeRequest] = []
+        self.text_failures: list[DvdError] = []  # raised by the next calls about texts, in order
+        self.at_text = Gate()
 
     async def Generate(self, request: lang.GenerateRequest, context: Any) -> AsyncIterator[lang.GenerateEvent]:
         self.requests.append(request)
@@ -244,6 +247,24 @@ class FakeLanguage(FakeWorker):
             yield event
         if self.breaks_behind_end:
             await self._break()
+
+    async def Tokenize(self, request: lang.TokenizeRequest, context: Any) -> lang.TokenizeReply:
+        """One id a word, which says how long the word is."""
+        self.texts.append(request)
+        await self.at_text.pass_through()
+        if self.text_failures:
+            raise self.text_failures.pop(0)
+        images = [b"" for _ in request.num_tiles]
+        spoken = lang.GenerateRequest(messages=request.messages)
+        words = request.raw.text.split() if request.HasField("raw") else read_aloud(spoken, images)
+        return lang.TokenizeReply(
+            token_ids=[len(word) for word in words], token_strs=words if request.return_token_strs else ()
+        )
+
+    async def Detokenize(self, request: lang.DetokenizeRequest, context: Any) -> lang.DetokenizeReply:
+        if self.text_failures:
+            raise self.text_failures.pop(0)
+        return lang.DetokenizeReply(text=" ".join(str(token_id) for token_id in request.token_ids))
 
     async def _say(
         self, request: lang.GenerateRequest, pieces: list[tuple[str, str]]
@@ -383,7 +404,7 @@ def scores_of(request: ScoreRequest) -> list[float]:
 
 def read_aloud(request: lang.GenerateRequest, images: list[bytes]) -> list[str]:
     """The prompt in words: roles, text, and a digest where an image stands; with its tile where it is a part."""
-    words: list[str] = []
+    words: list[str] = request.raw.text.split() if request.HasField("raw") else []
     for message in request.messages:
         words.append(f"{message.role}:")
         for part in message.parts:
@@ -394,7 +415,7 @@ def read_aloud(request: lang.GenerateRequest, images: list[bytes]) -> list[str]:
                 words.append(f"[{digest(images[part.image_index])}]")
             else:
                 words.append(f"[{'+'.join(_piece(piece, images) for piece in part.block.pieces)}]")
-    return [words[0], *(f" {word}" for word in words[1:])]
+    return [*words[:1], *(f" {word}" for word in words[1:])]
 
 
 def _piece(piece: lang.ImagePiece, images: list[bytes]) -> str:
