@@ -22,6 +22,7 @@ from protos import frame
 from router.admission import Admission, AdmissionLimits, Places
 from router.api import system
 from router.api.chat import ChatEndpoint, draining
+from router.api.completions import CompletionEndpoint
 from router.api.exchange import Exchange
 from router.api.models import GetModel, ListModels, ModelList
 from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
@@ -113,6 +114,7 @@ class RouterServer:
         parts = (self.fleet, self.models, self.admission, self.settings, self._cut_off)
         return [
             Route("/v1/chat/completions", ChatEndpoint(*parts), methods=["POST"]),
+            Route("/v1/completions", CompletionEndpoint(*parts), methods=["POST"]),
             Route("/tokenize", TokenizeEndpoint(*parts), methods=["POST"]),
             Route("/detokenize", DetokenizeEndpoint(*parts), methods=["POST"]),
             Route("/v1/models", ListModels(self.models), methods=["GET"]),
@@ -149,7 +151,8 @@ class RouterServer:
         status = exchange.status or 0
         method = exchange.method if exchange.method in _METHODS else "other"
         metrics.HTTP_REQUESTS.labels(self._route_of(exchange.path), method, status).inc()
-        exchange.record.finish(status, exchange.code)
+        for record in (exchange.record, *exchange.other_records):
+            record.finish(status, exchange.code)
 
     def _route_of(self, path: str) -> str:
         """A label out of a closed set."""

@@ -93,7 +93,7 @@ class FullAnswer:
     async def end(self) -> None:
         """Send the body."""
         body = {
-            **_envelope(self._exchange, self._options.model, "chat.completion"),
+            **envelope(self._exchange, self._options.model, "chat.completion"),
             "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
             "usage": self._exchange.record.usage(),
         }
@@ -121,7 +121,7 @@ class StreamAnswer:
         self._exchange = exchange
         self._slot = slot
         self._options = options
-        self._envelope = _envelope(exchange, options.model, "chat.completion.chunk")
+        self._envelope = envelope(exchange, options.model, "chat.completion.chunk")
         self._num_open = options.num_choices
         self._has_begun = False
 
@@ -148,7 +148,7 @@ class StreamAnswer:
             chunk = {**self._envelope, "choices": [], "usage": self._exchange.record.usage()}
             self._add_metrics(chunk)
             last = sse.data(chunk)
-        await self._write(last + sse.DONE, more_body=False)
+        await write_stream(self._exchange, self._options, last + sse.DONE, more_body=False)
 
     async def _begin(self) -> list[dict[str, Any]]:
         """Before the first chunk: status, headers, and the role of each choice."""
@@ -156,9 +156,7 @@ class StreamAnswer:
             return []
         self._has_begun = True
         self._slot.first_token()
-        headers = {**sse.HEADERS, **self._options.headers}
-        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await self._exchange.send({"type": "http.response.start", "status": 200, "headers": raw})
+        await begin_stream(self._exchange, self._options)
         return [
             self._chunk(choice, {"role": "assistant", "content": ""}) for choice in range(self._options.num_choices)
         ]
@@ -192,20 +190,30 @@ class StreamAnswer:
             chunk["metrics"] = self._exchange.record.metrics_block()
 
     async def _send(self, chunks: Sequence[dict[str, Any]]) -> None:
-        await self._write(b"".join(sse.data(chunk) for chunk in chunks), more_body=True)
-
-    async def _write(self, data: bytes, *, more_body: bool) -> None:
-        """The server's buffer is small: a client that does not read stops us here, and is dropped after a while."""
-        try:
-            async with asyncio.timeout(self._options.slow_reader_timeout):
-                await self._exchange.send({"type": "http.response.body", "body": data, "more_body": more_body})
-        except TimeoutError:
-            raise Cancelled("the client does not read") from None
+        await write_stream(self._exchange, self._options, b"".join(map(sse.data, chunks)), more_body=True)
 
 
-def _envelope(exchange: Exchange, model: str, kind: str) -> dict[str, Any]:
+async def begin_stream(exchange: Exchange, options: AnswerOptions) -> None:
+    """Send the status and the headers of a stream."""
+    headers = {**sse.HEADERS, **options.headers}
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await exchange.send({"type": "http.response.start", "status": 200, "headers": raw})
+
+
+async def write_stream(exchange: Exchange, options: AnswerOptions, data: bytes, *, more_body: bool) -> None:
+    """Send a part of a stream. Raises Cancelled when the client does not read: the server's buffer is small, who fills
+    it stops us here, and is dropped after a while."""
+    try:
+        async with asyncio.timeout(options.slow_reader_timeout):
+            await exchange.send({"type": "http.response.body", "body": data, "more_body": more_body})
+    except TimeoutError:
+        raise Cancelled("the client does not read") from None
+
+
+def envelope(exchange: Exchange, model: str, kind: str, prefix: str = "chatcmpl") -> dict[str, Any]:
+    """What every body and every chunk begins with."""
     return {
-        "id": f"chatcmpl-{exchange.record.request_id}",
+        "id": f"{prefix}-{exchange.record.request_id}",
         "object": kind,
         "created": int(time.time()),
         "model": model,

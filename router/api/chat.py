@@ -29,6 +29,7 @@ from router.api.media_parts import MediaCount
 from router.api.messages import ReadMessage, media_of, read_messages
 from router.api.models import ModelList
 from router.api.schemas import ChatCompletionRequest, parse_chat
+from router.api.text_schemas import CompletionRequest
 from router.api.translate import Origin, translate
 from router.api.video import probe_lengths
 from router.fleet import Fleet
@@ -229,7 +230,7 @@ async def in_thread_if(is_large: bool, function: Any, *arguments: Any) -> Any:
     return await asyncio.to_thread(function, *arguments) if is_large else function(*arguments)
 
 
-def name_request(exchange: Exchange, parsed: ChatCompletionRequest) -> None:
+def name_request(exchange: Exchange, parsed: ChatCompletionRequest | CompletionRequest) -> None:
     """The header's id wins over the body's."""
     in_body = parsed.request_id or parsed.rid
     if in_body is not None and not exchange.has_own_id:

@@ -48,6 +48,7 @@ class Exchange:
         asked = self.headers.get("x-request-id", "")
         self.has_own_id = _WELL_FORMED_ID.fullmatch(asked) is not None
         self.record = RequestRecord(asked if self.has_own_id else f"req-{secrets.token_hex(16)}")
+        self.other_records: list[RequestRecord] = []  # of the other prompts, where a request has several
         self.status: int | None = None  # None until the response has begun
         self.code: str | None = None  # of the error the client was told
         self.tenant = ""  # which API key was used

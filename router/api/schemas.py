@@ -211,6 +211,7 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "continue_final_message": (False,),
 }
 
+_T = TypeVar("_T")
 StructT = TypeVar("StructT", bound=Struct)
 _top_level = msgspec.json.Decoder(dict[str, Raw])
 _chat = msgspec.json.Decoder(ChatCompletionRequest)
@@ -240,19 +241,20 @@ def parse_body(
         InvalidRequest: as ``parse_chat``.
     """
     _check_nesting(body)
-    fields: dict[str, Raw] = _decode(_top_level, body)
+    fields: dict[str, Raw] = decode(_top_level, body)
     for name in unsupported.keys() & fields.keys():
         _check_inert(name, bytes(fields[name]), unsupported[name])
     if len(memoryview(fields.get("chat_template_kwargs", NULL))) > MAX_TEMPLATE_KWARGS_BYTES:
         message = f"chat_template_kwargs may have at most {MAX_TEMPLATE_KWARGS_BYTES} bytes"
         raise InvalidRequest(message, param="chat_template_kwargs")
-    request: StructT = _decode(decoder, body)
+    request: StructT = decode(decoder, body)
     known = unsupported.keys() | set(request.__struct_fields__)
     unknown = sorted(fields.keys() - known)
     return request, [name for name in unknown if bytes(memoryview(fields[name])[:5]) != b"null"]
 
 
-def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+def decode(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
+    """What a body, or a part of one, holds. Raises InvalidRequest, as ``parse_chat``."""
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:

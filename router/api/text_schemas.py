@@ -3,19 +3,37 @@
 Fields that mean the same as those of a chat have the same bounds (schemas.py). ``null`` means "not given".
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
 from common.service.errors import InvalidRequest
-from router.api.schemas import NULL, ChatCompletionRequest, TokenId, parse_body, parse_chat
+from router.api.schemas import (
+    NULL,
+    UNSUPPORTED,
+    ChatCompletionRequest,
+    ClientId,
+    Int64,
+    Penalty,
+    PositiveInt,
+    StopString,
+    StreamOptions,
+    TokenId,
+    decode,
+    parse_body,
+    parse_chat,
+)
 
 MAX_TOKENS: Final = 2**20
 """Ids in one list; no context holds more."""
+DEFAULT_MAX_TOKENS: Final = 16
+"""OpenAI's, for completions only."""
 
 ModelName = Annotated[str, Meta(max_length=1024)]
 TokenIdList = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]
+TextPrompt = str | list[int]
 
 
 class TokenizeRequest(Struct):
@@ -36,10 +54,106 @@ class DetokenizeRequest(Struct):
     model: ModelName | None = None
 
 
+class CompletionRequest(Struct):
+    """The body of ``POST /v1/completions``."""
+
+    prompt: Raw = NULL
+    model: ModelName | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    n: PositiveInt | None = None
+    seed: Int64 | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=16)] | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    request_id: ClientId | None = None
+    rid: ClientId | None = None
+    priority: Annotated[int, Meta(ge=-128, le=127)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=128)] | None = None
+    user: Annotated[str, Meta(max_length=256)] | None = None
+
+    def as_chat(self) -> ChatCompletionRequest:
+        """All that means the same in a chat, with the defaults of completions."""
+        common = set(self.__struct_fields__) & set(ChatCompletionRequest.__struct_fields__)
+        fields = {name: getattr(self, name) for name in common} | {
+            "max_tokens": DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
+            "logprobs": self.logprobs is not None,
+            "top_logprobs": self.logprobs,
+            "separate_reasoning": False,
+        }
+        return ChatCompletionRequest(messages=[], **fields)
+
+
+_completion = msgspec.json.Decoder(CompletionRequest)
+_prompts: msgspec.json.Decoder[str | list[str | TokenId | TokenIdList]] = msgspec.json.Decoder(
+    str | list[str | TokenId | TokenIdList]
+)
+# Beside what chats cannot have either.
+_UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
+    **UNSUPPORTED,
+    "suffix": ("",),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "dvd": ({},),
+}
 _tokenize = msgspec.json.Decoder(TokenizeRequest)
 _detokenize = msgspec.json.Decoder(DetokenizeRequest)
 # What a template of ours always does, or never.
 _FIXED: Final[dict[str, Any]] = {"add_special_tokens": False, "add_generation_prompt": True}
+
+
+def parse_completion(body: bytes) -> tuple[CompletionRequest, list[TextPrompt], list[str]]:
+    """The request, its prompts, and the names of fields that mean nothing to us.
+
+    Raises:
+        InvalidRequest: as ``parse_chat``; no prompt, or one that is neither text nor ids.
+    """
+    request, ignored = parse_body(body, _completion, _UNSUPPORTED)
+    prompts = _read_prompts(bytes(request.prompt))
+    if request.echo and request.logprobs is not None:
+        raise _unsupported("echo with logprobs: tokens of prompts have none here", "echo")
+    if request.echo and not all(isinstance(prompt, str) for prompt in prompts):
+        raise _unsupported("echo of token ids", "echo")
+    return request, prompts, ignored
+
+
+def _read_prompts(raw: bytes) -> list[TextPrompt]:
+    """Text, ids, or a list of either."""
+    if raw == bytes(NULL):
+        raise InvalidRequest("prompt is required", param="prompt")
+    try:
+        value = decode(_prompts, raw)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param=f"prompt{error.param or ''}") from None
+    if isinstance(value, str):
+        return [value]
+    kinds = {type(item) for item in value}
+    if len(kinds) != 1:
+        raise InvalidRequest("prompt must be text, token ids, or a list of one of them", param="prompt")
+    if kinds == {int}:
+        return [[item for item in value if isinstance(item, int)]]
+    return [item for item in value if not isinstance(item, int)]
+
+
+def _unsupported(what: str, param: str) -> InvalidRequest:
+    return InvalidRequest(f"not supported by this server: {what}", code="unsupported_parameter", param=param)
 
 
 def parse_tokenize(body: bytes) -> tuple[TokenizeRequest, ChatCompletionRequest | None, list[str]]:

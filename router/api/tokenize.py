@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, TypeVar
 
-from common.service.errors import InvalidRequest, Unavailable
+from common.service.errors import Unavailable
 from protos import language_pb2 as lang
 from protos.status_pb2 import ModelInfo
 from router.api.chat import LARGE_BODY_BYTES, BodyEndpoint, ignored_header, in_thread_if, name_request, refuse_ignored
@@ -11,7 +11,7 @@ from router.api.exchange import Exchange
 from router.api.media_parts import MediaCount
 from router.api.schemas import ChatCompletionRequest
 from router.api.text_schemas import TokenizeRequest, parse_detokenize, parse_tokenize
-from router.api.translate import MAX_PROMPT_BYTES
+from router.api.translate_text import raw_prompt
 from router.language_search import LanguageSearch
 from router.workers import LanguageWorker
 
@@ -101,9 +101,6 @@ class DetokenizeEndpoint(TextEndpoint):
 
 
 def _of_prompt(parsed: TokenizeRequest) -> lang.TokenizeRequest:
-    text = parsed.prompt or ""
-    if len(text) > MAX_PROMPT_BYTES or len(text.encode()) > MAX_PROMPT_BYTES:
-        raise InvalidRequest("the prompt is far too long", code="context_length_exceeded", param="prompt")
     return lang.TokenizeRequest(
-        raw=lang.RawPrompt(text=text, add_special_tokens=parsed.add_special_tokens is not False)
+        raw=raw_prompt(parsed.prompt or "", "prompt", add_special_tokens=parsed.add_special_tokens)
     )

@@ -53,7 +53,7 @@ def translate(
     Raises:
         InvalidRequest: a field out of bounds, images that do not match their markers, or far too much text.
     """
-    scope = _cache_scope(origin.tenant, request.cache_salt)
+    scope = cache_scope(origin.tenant, request.cache_salt)
     layout = Layout(combine_images=bool(request.dvd and request.dvd.combine_images))
     placed = [layout.lay_out(message) for message in messages]
     vir = resolve_vir(request, model, settings, len(layout.media))
@@ -97,7 +97,7 @@ def _identify(media: Sequence[Medium], vir: VirOptions | None, model: ModelInfo,
     ]
 
 
-def _cache_scope(tenant: str, salt: str | None) -> str:
+def cache_scope(tenant: str, salt: str | None) -> str:
     """Who may share cached work with whom: equal keys with equal salts. Empty: everybody."""
     if not tenant and not salt:
         return ""
