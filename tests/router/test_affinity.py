@@ -1,6 +1,15 @@
 """Requests that share work share a key."""
 
-from protos.language_pb2 import ChatMessage, ContentPart, GenerateRequest, ImageBlock, ImagePiece, ImageRef
+from protos.language_pb2 import (
+    ChatMessage,
+    ContentPart,
+    GenerateRequest,
+    ImageBlock,
+    ImagePiece,
+    ImageRef,
+    RawPrompt,
+    TokenIds,
+)
 from router.affinity import content_key, prefix_key
 from tests.router.conftest import png, running_system, user
 
@@ -78,3 +87,18 @@ async def test_conversations_are_spread():
         for index in range(12):
             assert (await system.chat(messages=[user(f"question {index}")])).status_code == 200
         assert all(language.requests for language in system.languages)
+
+
+def test_raw_prompts_share_the_key_of_their_beginning():
+    beginning = "a" * 1024
+    raws = [
+        RawPrompt(text=f"{beginning}b"),
+        RawPrompt(text=f"{beginning}c"),
+        RawPrompt(text="b"),
+        RawPrompt(token_ids=TokenIds(ids=[1, 2])),
+        RawPrompt(token_ids=TokenIds(ids=[1, 3])),
+    ]
+    keys = [prefix_key(GenerateRequest(raw=raw, cache_scope="tenant")) for raw in raws]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+    assert prefix_key(GenerateRequest(raw=raws[0])) not in keys
