@@ -23,8 +23,10 @@ from router.admission import Admission, AdmissionLimits, Places
 from router.api import system
 from router.api.chat import ChatEndpoint, draining
 from router.api.completions import CompletionEndpoint
+from router.api.docs_page import StaticPage, render
 from router.api.exchange import Exchange
 from router.api.models import GetModel, ListModels, ModelList
+from router.api.openapi import describe
 from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from router.discovery import Discovery
 from router.fleet import Fleet
@@ -111,6 +113,15 @@ class RouterServer:
         )
 
     def _make_routes(self) -> list[Route]:
+        document = describe(has_keys=bool(self._keys))
+        docs = (
+            []
+            if self.settings.disable_docs
+            else [
+                Route("/openapi.json", StaticPage.json(document), methods=["GET"]),
+                Route("/docs", StaticPage.html(render(document)), methods=["GET"]),
+            ]
+        )
         parts = (self.fleet, self.models, self.admission, self.settings, self._cut_off)
         return [
             Route("/v1/chat/completions", ChatEndpoint(*parts), methods=["POST"]),
@@ -123,6 +134,7 @@ class RouterServer:
             Route("/health", system.Health(lambda: self.is_ready), methods=["GET"]),
             Route("/metrics", system.Metrics(), methods=["GET"]),
             Route("/version", system.Version(), methods=["GET"]),
+            *docs,
         ]
 
     def _check_headers(self, exchange: Exchange) -> None:

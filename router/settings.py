@@ -102,6 +102,7 @@ class RouterSettings(ServerSettings):
         " server as well; 0: never",
     )
 
+    disable_docs: bool = Field(False, description="answer neither /openapi.json nor /docs")
     enable_per_request_metrics: bool = Field(False, description="add stage times to every answer")
 
     @field_validator("vision", "language")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Meta, Raw, Struct, field
 
 from common.service.errors import InvalidRequest
 
@@ -83,7 +83,7 @@ class JsonSchema(Struct):
 
     name: Annotated[str, Meta(max_length=64)] | None = None
     description: str | None = None
-    schema: Raw = NULL
+    schema: Annotated[Raw, Meta(extra_json_schema={"type": "object"})] = field(default_factory=lambda: NULL)
     strict: bool | None = None
 
 

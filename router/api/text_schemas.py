@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Meta, Raw, Struct, field
 
 from common.service.errors import InvalidRequest
 from router.api.schemas import (
@@ -35,13 +35,25 @@ ModelName = Annotated[str, Meta(max_length=1024)]
 TokenIdList = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]
 TextPrompt = str | list[int]
 
+# Of fields that are read in a second step.
+_IDS_SCHEMA: Final = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT_SCHEMA: Final = {
+    "oneOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {**_IDS_SCHEMA, "minItems": 1},
+        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+    ]
+}
+_MESSAGES_SCHEMA: Final = {"type": "array", "description": "As in a chat request."}
+
 
 class TokenizeRequest(Struct):
     """The body of ``POST /tokenize``: ``prompt``, or ``messages`` and whatever else a chat request may say."""
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: Raw = NULL
+    messages: Annotated[Raw, Meta(extra_json_schema=_MESSAGES_SCHEMA)] = field(default_factory=lambda: NULL)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -57,7 +69,7 @@ class DetokenizeRequest(Struct):
 class CompletionRequest(Struct):
     """The body of ``POST /v1/completions``."""
 
-    prompt: Raw = NULL
+    prompt: Annotated[Raw, Meta(extra_json_schema=_PROMPT_SCHEMA)] = field(default_factory=lambda: NULL)
     model: ModelName | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
@@ -104,7 +116,7 @@ _prompts: msgspec.json.Decoder[str | list[str | TokenId | TokenIdList]] = msgspe
     str | list[str | TokenId | TokenIdList]
 )
 # Beside what chats cannot have either.
-_UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
+UNSUPPORTED_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
     **UNSUPPORTED,
     "suffix": ("",),
     "prompt_logprobs": (),
@@ -125,7 +137,7 @@ def parse_completion(body: bytes) -> tuple[CompletionRequest, list[TextPrompt], 
     Raises:
         InvalidRequest: as ``parse_chat``; no prompt, or one that is neither text nor ids.
     """
-    request, ignored = parse_body(body, _completion, _UNSUPPORTED)
+    request, ignored = parse_body(body, _completion, UNSUPPORTED_COMPLETION)
     prompts = _read_prompts(bytes(request.prompt))
     if request.echo and request.logprobs is not None:
         raise _unsupported("echo with logprobs: tokens of prompts have none here", "echo")
