@@ -20,6 +20,7 @@ BENCHMARKS: Final = (
     "overload",
     "page",
     "quantization",
+    "router",
     "soak",
     "transport",
     "vision",

@@ -62,10 +62,10 @@ def measure(streams: int, tokens_per_second: float, seconds: float, num_tokens: 
     workload = Workload(text_only_share=1.0, output_tokens=lengths)
     phase = Phase("streams", (Source("text", ClosedLoop(streams), workload),), seconds, warmup)
     cores = sorted(os.sched_getaffinity(0))
-    with _mock_server(tokens_per_second, cores[-1]) as (address, pid), _pinned(cores[0]):
-        started, cpu = time.perf_counter(), _cpu_seconds(pid)
+    with _mock_server(tokens_per_second, cores[-1]) as (address, pid), pinned(cores[0]):
+        started, cpu = time.perf_counter(), cpu_seconds(pid)
         result = run(Plan((phase,)), Target(address))
-        server_cpu = (_cpu_seconds(pid) - cpu) / (time.perf_counter() - started)
+        server_cpu = (cpu_seconds(pid) - cpu) / (time.perf_counter() - started)
     return _overhead(result, streams, tokens_per_second, server_cpu)
 
 
@@ -116,16 +116,17 @@ def _mock_server(tokens_per_second: float, core: int) -> Iterator[tuple[str, int
 
 
 @contextlib.contextmanager
-def _pinned(core: int) -> Iterator[None]:
+def pinned(*cores: int) -> Iterator[None]:
+    """This thread, and whatever it starts meanwhile."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """User and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -155,6 +155,33 @@ def _overloaded(record: Mapping[str, Any]) -> Iterator[Table]:
     yield Table("Overload", columns, rows, notes=notes)
 
 
+def _routed(record: Mapping[str, Any]) -> Iterator[Table]:
+    """What the router costs beside a bare application, the marks beneath."""
+    figures = record["figures"]
+    columns = [
+        "body",
+        "tokens",
+        "requests/s",
+        "of the bare app",
+        "first token later, p50 ms",
+        "p99 ms",
+        "its core busy",
+    ]
+    rows = [
+        [
+            case["body"],
+            str(case["num_tokens"]),
+            number(case["requests_per_s"]),
+            f"{case['of_bare_app']:.2f}",
+            f"{case['added_p50_ms']:.2f}",
+            f"{case['added_p99_ms']:.2f}",
+            f"{100 * case['core_busy']:.0f} %",
+        ]
+        for case in figures
+    ]
+    yield Table("The router on one core", columns, rows, num_labels=2)
+
+
 _KINDS: Final[Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]]] = {
     "ratios": _overlapped,
     "goodput_ratio": _overloaded,
@@ -162,6 +189,7 @@ _KINDS: Final[Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]]] = {
     "layouts": _table18,
     "summaries": _served,
     "of_raw_socket": _transports,
+    "of_bare_app": _routed,
     "figures": _flat,
 }
 

@@ -12,6 +12,7 @@ from typing import Final
 import uvicorn
 import uvloop
 from PIL import Image
+from starlette.types import ASGIApp
 
 from common.service import announce, metrics
 from common.service.errors import StartupError
@@ -37,7 +38,7 @@ async def run(settings: RouterSettings) -> int:
     stop = stop_signal()
     router = RouterServer(settings)
     listener = _listen(settings)
-    http = _HttpServer(_http_config(router))
+    http = HttpServer(http_config(router))
     async with router.running():
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         announcing = asyncio.create_task(_announce_when_ready(router, listener), name="announce")
@@ -69,7 +70,7 @@ async def _announce_when_ready(router: RouterServer, listener: socket.socket) ->
     print(f"ready at {url} model {name} vision x{num_vision} language x{num_language}", flush=True)
 
 
-class _HttpServer(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: a signal starts our drain, during which requests still get an answer."""
 
     @contextmanager
@@ -77,9 +78,10 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def _http_config(router: RouterServer) -> uvicorn.Config:
+def http_config(app: ASGIApp) -> uvicorn.Config:
+    """How HTTP is spoken here; ``app`` is a ``RouterServer``, or what one is compared with."""
     return uvicorn.Config(
-        router,
+        app,
         http="httptools",
         ws="none",
         lifespan="off",

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from protos.status_pb2 import ModelInfo
-from router.__main__ import _http_config, _HttpServer, _listen
+from router.__main__ import HttpServer, _listen, http_config
 from router.server import RouterServer
 from router.settings import RouterSettings
 from tests.router.fakes import MODEL, FakeLanguage, FakeVision
@@ -95,7 +95,7 @@ async def running_system(
 async def serving(router: RouterServer) -> AsyncIterator[str]:
     """The router behind uvicorn, as its main program does it, on a free port."""
     listener = _listen(router.settings)
-    http = _HttpServer(_http_config(router))
+    http = HttpServer(http_config(router))
     task = asyncio.create_task(http.serve(sockets=[listener]))
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
