@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 import warnings
@@ -16,8 +17,9 @@ from starlette.types import ASGIApp
 
 from common.service import announce, metrics
 from common.service.errors import StartupError
-from common.service.listen import UNIX, cannot_listen, check_free
-from common.service.program import EXIT_FAILURE, run_program, stop_signal
+from common.service.listen import UNIX, cannot_listen, check_free, split_host_port
+from common.service.program import EXIT_FAILURE, run_loop, start_program, stop_signal
+from router.processes import Place, Processes
 from router.server import RouterServer
 from router.settings import RouterSettings
 
@@ -30,18 +32,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a router until SIGTERM or SIGINT; returns the exit status."""
     # Pillow only warns of very large images; media.py wants to hear it.
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    return run_program("router", RouterSettings, argv, run, uvloop.new_event_loop)
+    return start_program("router", RouterSettings, argv, _run_processes)
 
 
-async def run(settings: RouterSettings) -> int:
-    """Serve until told to stop, then drain. Raises ConfigError if the address cannot be had."""
-    stop = stop_signal()
-    router = RouterServer(settings)
+def _run_processes(settings: RouterSettings) -> int:
+    """In this process, or in several that share a listening socket."""
+    if settings.workers == 1:
+        return run_loop(run(settings), uvloop.new_event_loop)
     listener = _listen(settings)
+
+    def serve(place: Place) -> int:
+        return run_loop(run(settings, listener, place), uvloop.new_event_loop)
+
+    return Processes(settings.workers, serve, lambda line: _announce(settings, listener, line)).run()
+
+
+async def run(settings: RouterSettings, listener: socket.socket | None = None, place: Place | None = None) -> int:
+    """Serve until told to stop, then drain. Raises ConfigError if an address cannot be had.
+
+    Args:
+        listener: a socket that listens already.
+        place: among several processes; None: this is the only one.
+    """
+    stop = stop_signal()
+    if place is not None:
+        place.watch(stop)
+        _serve_own_metrics(settings, place)
+    router = RouterServer(settings)
+    listener = listener or _listen(settings)
     http = HttpServer(http_config(router))
     async with router.running():
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
-        announcing = asyncio.create_task(_announce_when_ready(router, listener), name="announce")
+        announcing = asyncio.create_task(_announce_when_ready(router, listener, place), name="announce")
         announcing.add_done_callback(lambda task: stop.set() if _has_failed(task) else None)
         stopping = asyncio.create_task(stop.wait(), name="stop signal")
         try:
@@ -56,18 +78,35 @@ async def run(settings: RouterSettings) -> int:
     return _exit_status(results)
 
 
-async def _announce_when_ready(router: RouterServer, listener: socket.socket) -> None:
+async def _announce_when_ready(router: RouterServer, listener: socket.socket, place: Place | None) -> None:
     """Say where we are once ``/health`` answers 200."""
     await router.fleet.wait_ready()
-    settings = router.settings
-    address = _address_of(settings, listener)
     name = next(iter(router.models.names), "")
     metrics.set_model(name)
     metrics.set_state("ready")
-    announce.write(settings.announce, name="router", role="router", address=address, metrics_address=address)
     num_vision, num_language = (sum(w.is_usable for w in tier) for tier in (router.fleet.vision, router.fleet.language))
+    line = f"model {name} vision x{num_vision} language x{num_language}"
+    if place is None:
+        _announce(router.settings, listener, line)
+    else:
+        place.tell_ready(line)
+
+
+def _announce(settings: RouterSettings, listener: socket.socket, line: str) -> None:
+    """To whoever started this program, and to whoever looks at it."""
+    address = _address_of(settings, listener)
+    announce.write(settings.announce, name="router", role="router", address=address, metrics_address=address)
     url = address if address.startswith("unix:") else f"http://{address}"
-    print(f"ready at {url} model {name} vision x{num_vision} language x{num_language}", flush=True)
+    print(f"ready at {url} {line}", flush=True)
+
+
+def _serve_own_metrics(settings: RouterSettings, place: Place) -> None:
+    """Of one of several processes: the address that they share is answered by any of them. Raises ConfigError."""
+    host, port = split_host_port(settings.worker_metrics_listen)
+    listen = f"{f'[{host}]' if ':' in host else host}:{port + place.index if port else 0}"
+    metrics.set_worker(place.index)
+    address = metrics.start_server(listen, "router", "--worker-metrics-listen")
+    log.info("router process %d (pid %d): metrics at %s", place.index, os.getpid(), address)
 
 
 class HttpServer(uvicorn.Server):

@@ -63,6 +63,11 @@ class Places:
     tiles: int = 0
 
 
+def share(places: int, num_sharers: int) -> int:
+    """What one of several router processes may take of what is there for all; 0 only of nothing."""
+    return -(-places // num_sharers)
+
+
 class Admission:
     """``enter``, ``hold`` and what they return either succeed at once or raise ``Overloaded``.
 

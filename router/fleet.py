@@ -17,6 +17,7 @@ from common.service.errors import DvdError, Unavailable
 from protos.status_pb2 import ModelInfo, WorkerStatus
 from protos.vision_pb2 import EncodeReply
 from router import policy
+from router.admission import share
 from router.discovery import difference
 from router.hedging import EncodeTimes
 from router.outliers import is_slow
@@ -74,9 +75,10 @@ class Fleet:
         leave_timeout: seconds after which the calls of a server that has left are given up; no call lives longer than
             a request may take.
         hedge_quantile: of encode times, after which a second vision server tries; 0: never.
+        num_sharers: router processes that keep these servers busy together.
     """
 
-    def __init__(self, leave_timeout: float = 600.0, hedge_quantile: float = 0.0) -> None:
+    def __init__(self, leave_timeout: float = 600.0, hedge_quantile: float = 0.0, num_sharers: int = 1) -> None:
         self.fingerprint: bytes | None = None
         self.model: ModelInfo | None = None  # last known, so that /v1/models answers without any server
         self.quarantine = Quarantine()
@@ -84,6 +86,7 @@ class Fleet:
         self.encode_times = EncodeTimes(hedge_quantile)
         self.budgets: dict[Tier, RetryBudget] = {"vision": RetryBudget(), "language": RetryBudget()}
         self._leave_timeout = leave_timeout
+        self._num_sharers = num_sharers
         self._vision: dict[str, VisionWorker] = {}
         self._language: dict[str, LanguageWorker] = {}
         self._watchers: dict[Worker, asyncio.Task[None]] = {}
@@ -125,7 +128,7 @@ class Fleet:
     def _max_tiles_under_way(self) -> int:
         """Batches that keep every vision server busy while others are on their way to it, or are read as prompts."""
         loads = [worker.status.vision for worker in self.vision if worker.is_usable and worker.status is not None]
-        return sum(_BATCHES_UNDER_WAY * load.max_batch_tiles for load in loads)
+        return share(sum(_BATCHES_UNDER_WAY * load.max_batch_tiles for load in loads), self._num_sharers)
 
     def set_vision(self, addresses: Iterable[str]) -> None:
         """These are the vision servers from now on."""

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from common.service import metrics
 from common.service.errors import AuthenticationFailed, HeadersTooLarge
 from protos import frame
-from router.admission import Admission, AdmissionLimits, Places
+from router.admission import Admission, AdmissionLimits, Places, share
 from router.api import system
 from router.api.chat import ChatEndpoint, draining
 from router.api.completions import CompletionEndpoint
@@ -44,7 +44,11 @@ class RouterServer:
 
     def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
-        self.fleet = Fleet(leave_timeout=settings.request_timeout, hedge_quantile=settings.hedge_quantile)
+        self.fleet = Fleet(
+            leave_timeout=settings.request_timeout,
+            hedge_quantile=settings.hedge_quantile,
+            num_sharers=settings.workers,
+        )
         self._discoveries = (
             Discovery("vision", settings.vision, settings.discovery_interval, self.fleet.set_vision),
             Discovery("language", settings.language, settings.discovery_interval, self.fleet.set_language),
@@ -104,13 +108,16 @@ class RouterServer:
             self._cut_off.set()
 
     def _places(self) -> Places:
-        """What the servers let wait together, as far as they have said."""
+        """What the servers let wait together, as far as they have said: the part of it that is for this process."""
         language = [worker.status for worker in self.fleet.language if worker.is_usable]
         vision = [worker.status for worker in self.fleet.vision if worker.is_usable]
         return Places(
-            requests=sum(status.language.max_num_waiting for status in language if status is not None),
-            tiles=sum(status.vision.max_queued_tiles for status in vision if status is not None),
+            requests=self._share(sum(status.language.max_num_waiting for status in language if status is not None)),
+            tiles=self._share(sum(status.vision.max_queued_tiles for status in vision if status is not None)),
         )
+
+    def _share(self, places: int) -> int:
+        return share(places, self.settings.workers)
 
     def _make_routes(self) -> list[Route]:
         document = describe(has_keys=bool(self._keys))
@@ -186,9 +193,12 @@ class RouterServer:
 
 def _limits(settings: RouterSettings) -> AdmissionLimits:
     return AdmissionLimits(
-        max_waiting={"text": settings.max_num_queued_reqs, "image": settings.max_num_queued_image_reqs},
-        max_held_bytes=settings.max_held_body_bytes,
-        max_tokens=settings.max_num_queued_tokens,
+        max_waiting={
+            "text": share(settings.max_num_queued_reqs, settings.workers),
+            "image": share(settings.max_num_queued_image_reqs, settings.workers),
+        },
+        max_held_bytes=share(settings.max_held_body_bytes, settings.workers),
+        max_tokens=share(settings.max_num_queued_tokens, settings.workers),
         max_wait=settings.max_queue_time or inf,
     )
 

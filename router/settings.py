@@ -28,6 +28,18 @@ class RouterSettings(ServerSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
     uds: Path | None = Field(None, description="listen on this Unix socket instead of host and port")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="router processes behind one port, where one core is not enough; bounds on what waits and what"
+        " is held are divided among them",
+    )
+    worker_metrics_listen: str = Field(
+        "127.0.0.1:0",
+        description="host:port of /metrics of the first of several router processes, the next ports are the others';"
+        " port 0: free ones, told in the log",
+    )
 
     vision: list[str] = Field(
         min_length=1,

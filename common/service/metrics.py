@@ -1,7 +1,8 @@
 """Every metric of the three programs, declared once (API.md section 8).
 
 Families are grouped by tier, so that a vision server does not export empty language metrics. All samples carry the
-label ``model``, added when they are read: it is one value per process, set by ``set_model``.
+label ``model``, added when they are read: it is one value per process, set by ``set_model``. Those of
+several router processes that answer at one address carry ``worker`` as well.
 """
 
 from collections.abc import Iterable
@@ -253,13 +254,18 @@ CLUSTER_SCALE_EVENTS = Counter(
     "dvd_cluster_scale_events", "Changes of the desired number.", ["tier", "direction"], registry=_cluster
 )
 
-_model = ""
+_labels: dict[str, str] = {"model": ""}
+"""Of every sample of this process."""
 
 
 def set_model(name: str) -> None:
     """The value of the label ``model`` on every sample of this process."""
-    global _model
-    _model = name
+    _labels["model"] = name
+
+
+def set_worker(index: int) -> None:
+    """The label ``worker`` on every sample: this is one of several processes that answer at one address."""
+    _labels["worker"] = str(index)
 
 
 def set_state(state: str) -> None:
@@ -279,8 +285,11 @@ def exposition(tier: Tier) -> bytes:
     return generate_latest(_labelled(tier))
 
 
-def start_server(listen: str, tier: Tier) -> str:
+def start_server(listen: str, tier: Tier, option: str = "--metrics-listen") -> str:
     """Serve ``/metrics`` from a thread of its own on ``host:port`` (0: any free port); returns the address.
+
+    Args:
+        option: where the operator has said it.
 
     Raises:
         ConfigError: the address is taken, not ours, or none.
@@ -289,7 +298,7 @@ def start_server(listen: str, tier: Tier) -> str:
     try:
         server, _ = start_http_server(port, host, registry=_labelled(tier))
     except OSError as error:
-        raise cannot_listen(f"{listen} (--metrics-listen)", error) from None
+        raise cannot_listen(f"{listen} ({option})", error) from None
     return f"{listen.rpartition(':')[0]}:{server.server_port}"
 
 
@@ -314,4 +323,4 @@ class _WithModel(Collector):
 
 
 def _with_model(sample: Sample) -> Sample:
-    return sample._replace(labels={**sample.labels, "model": _model})
+    return sample._replace(labels={**sample.labels, **_labels})

@@ -80,6 +80,21 @@ def run_program(
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
     """Read the options, run, and return the exit status. What stops a start is one line on stderr."""
+    return start_program(title, options, argv, lambda settings: run_loop(run(settings), loop_factory))
+
+
+def run_loop(
+    running: Coroutine[Any, Any, int], loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+) -> int:
+    """Run to the end on an event loop of its own."""
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(running)
+
+
+def start_program(
+    title: str, options: type[_Options], argv: Sequence[str] | None, run: Callable[[_Options], int]
+) -> int:
+    """``run_program`` for what has no event loop of its own."""
     with suppress(OSError):  # stderr is no file
         faulthandler.enable()  # native code that crashes leaves word of where
     keep_freed_memory()
@@ -88,8 +103,7 @@ def run_program(
         settings = options.load(sys.argv[1:] if argv is None else argv)
         logs.configure(title, settings.log_level)
         freeze_heap()
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(run(settings))
+        return run(settings)
     except StartupError as error:
         print(f"{title} cannot start: {error.message}", file=sys.stderr)
         return EXIT_STARTUP
