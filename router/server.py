@@ -26,6 +26,7 @@ from router.api.completions import CompletionEndpoint
 from router.api.docs_page import StaticPage, render
 from router.api.exchange import Exchange
 from router.api.models import GetModel, ListModels, ModelList
+from router.api.named_media import NamedMedia
 from router.api.openapi import describe
 from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from router.discovery import Discovery
@@ -55,6 +56,7 @@ class RouterServer:
         )
         self.models = ModelList(self.fleet, settings.served_model_name)
         self.admission = Admission(_limits(settings), self._places)
+        self.named_media = NamedMedia(settings.max_named_media_bytes)
         self.is_draining = False
         self._cut_off = asyncio.Event()
         self._keys = _Keys([key.get_secret_value() for key in settings.api_key])
@@ -129,7 +131,7 @@ class RouterServer:
                 Route("/docs", StaticPage.html(render(document)), methods=["GET"]),
             ]
         )
-        parts = (self.fleet, self.models, self.admission, self.settings, self._cut_off)
+        parts = (self.fleet, self.models, self.admission, self.settings, self.named_media, self._cut_off)
         return [
             Route("/v1/chat/completions", ChatEndpoint(*parts), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(*parts), methods=["POST"]),
@@ -184,6 +186,7 @@ class RouterServer:
         metrics.BUILD_INFO.labels(version("dvd-serve"), str(frame.VERSION)).set(1)
         metrics.set_model(next(iter(self.models.names), ""))
         metrics.set_state("starting")
+        metrics.NAMED_MEDIA_BYTES.set_function(lambda: self.named_media.num_bytes)
         metrics.REQUESTS_RUNNING.set_function(lambda: self.admission.num_running)
         metrics.REQUESTS_WAITING.labels("budget").set_function(lambda: self.fleet.turns.num_waiting)
         metrics.REQUESTS_WAITING.labels("language").set_function(

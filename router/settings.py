@@ -80,6 +80,11 @@ class RouterSettings(ServerSettings):
     max_video_bytes: MediumBytes = Field(64 * MIB, description="bytes of one video file")
     max_image_pixels: Count = Field(50 * 10**6, description="pixels of one image")
     max_request_pixels: Count = Field(400 * 10**6, description="pixels of all images of a request")
+    max_named_media_bytes: int = Field(
+        512 * MIB,
+        ge=0,
+        description="bytes of media that clients gave a uuid to, kept so that later turns may leave them out; 0: none",
+    )
     max_n: Count = Field(64, description="choices per request")
 
     max_body_bytes: Count = Field(128 * MIB, description="bytes of one request body")

@@ -111,6 +111,9 @@ REQUEST_GENERATION_TOKENS = Histogram(
 REQUEST_IMAGES = Histogram("dvd_request_images", "Per request.", buckets=_COUNTS, registry=_router)
 REQUEST_TILES = Histogram("dvd_request_tiles", "Per request, thumbnails included.", buckets=_TILES, registry=_router)
 MEDIA_BYTES = Counter("dvd_media_bytes", "Compressed image bytes taken in.", ["scheme"], registry=_router)
+NAMED_MEDIA_BYTES = Gauge(
+    "dvd_named_media_bytes", "Bytes of media kept because clients gave them a name.", registry=_router
+)
 MEDIA_REJECTED = Counter(
     "dvd_media_rejected", "Media refused before any server saw them.", ["reason"], registry=_router
 )

@@ -28,9 +28,10 @@ from router.api.exchange import Exchange
 from router.api.media_parts import MediaCount
 from router.api.messages import ReadMessage, media_of, read_messages
 from router.api.models import ModelList
+from router.api.named_media import NamedMedia
 from router.api.schemas import ChatCompletionRequest, parse_chat
 from router.api.text_schemas import CompletionRequest
-from router.api.translate import Origin, translate
+from router.api.translate import Origin, cache_scope, translate
 from router.api.video import probe_lengths
 from router.fleet import Fleet
 from router.pipeline import Pipeline
@@ -57,6 +58,7 @@ class BodyEndpoint(abc.ABC):
         models: ModelList,
         admission: Admission,
         settings: RouterSettings,
+        named_media: NamedMedia,
         cut_off: asyncio.Event,
     ) -> None:
         """``cut_off`` is set when a drain has waited long enough: whatever still runs is ended."""
@@ -65,6 +67,7 @@ class BodyEndpoint(abc.ABC):
         self._pipeline = Pipeline(fleet)
         self._admission = admission
         self._settings = settings
+        self._named_media = named_media
         self._cut_off = cut_off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +75,7 @@ class BodyEndpoint(abc.ABC):
         exchange.record.is_chat = self.generates
         with self._admission.hold(0) as held:
             # Nobody but the work itself holds on to the body.
-            work = self._answer(exchange, await self._read_body(exchange, receive, held))
+            work = self._answer(exchange, await self._read_body(exchange, receive, held), held)
             await self._until_left_or_cut_off(receive, work)
 
     async def _until_left_or_cut_off(self, receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -127,11 +130,11 @@ class BodyEndpoint(abc.ABC):
             raise RequestReadTimeout("the body took too long to arrive") from None
 
     @abc.abstractmethod
-    async def _answer(self, exchange: Exchange, body: bytes) -> None:
+    async def _answer(self, exchange: Exchange, body: bytes, held: HeldBytes) -> None:
         """Everything between the body and the last byte of the answer. Cancelled when the client leaves."""
 
     async def _translate(
-        self, exchange: Exchange, parsed: ChatCompletionRequest, model: ModelInfo, is_large: bool
+        self, exchange: Exchange, parsed: ChatCompletionRequest, model: ModelInfo, is_large: bool, held: HeldBytes
     ) -> ChatRequest:
         started_at = time.monotonic()
         origin = Origin(
@@ -139,8 +142,11 @@ class BodyEndpoint(abc.ABC):
             tenant=exchange.tenant,
             deadline=self._deadline(exchange),
         )
+        names = self._named_media.of(cache_scope(origin.tenant, parsed.cache_salt))
         messages: list[ReadMessage]
-        messages = await in_thread_if(is_large, read_messages, parsed, model, self._settings)
+        messages = await in_thread_if(is_large, read_messages, parsed, model, self._settings, names)
+        held.grow(names.num_bytes_found)  # as if they had been sent again
+        is_large = is_large or names.num_bytes_found > LARGE_BODY_BYTES
         await self._learn_lengths(messages, origin.deadline)
         request: ChatRequest
         request = await in_thread_if(is_large, translate, parsed, messages, origin, model, self._settings)
@@ -186,7 +192,7 @@ class BodyEndpoint(abc.ABC):
 class ChatEndpoint(BodyEndpoint):
     """``POST /v1/chat/completions``."""
 
-    async def _answer(self, exchange: Exchange, body: bytes) -> None:
+    async def _answer(self, exchange: Exchange, body: bytes, held: HeldBytes) -> None:
         exchange.record.stage = "admit"
         is_large = len(body) > LARGE_BODY_BYTES
         parsed, ignored = await in_thread_if(is_large, parse_chat, body)
@@ -201,7 +207,7 @@ class ChatEndpoint(BodyEndpoint):
         exchange.record.is_flash = model.is_flash
         seconds_left = self._time_limit(exchange) - exchange.record.age()
         with self._admission.enter(exchange.record.kind, seconds_left) as slot:
-            request = await self._translate(exchange, parsed, model, is_large)
+            request = await self._translate(exchange, parsed, model, is_large, held)
             slot.weigh(request.num_prompt_tokens, exchange.record.num_tiles)
             answer = self._make_answer(exchange, parsed, slot, ignored_header(ignored))
             del parsed  # likewise: it still holds every image in base64

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from common.service.errors import InvalidRequest
+from router.admission import HeldBytes
 from router.api.answers import AnswerOptions
 from router.api.chat import LARGE_BODY_BYTES, BodyEndpoint, ignored_header, in_thread_if, name_request, refuse_ignored
 from router.api.completion_answers import AskedPrompt, CompletionAnswer, FullCompletion, PromptAnswer, StreamCompletion
@@ -21,7 +22,7 @@ from router.request import ChatRequest
 class CompletionEndpoint(BodyEndpoint):
     """Each prompt is admitted, generated and counted as a request of its own; one that fails ends them all."""
 
-    async def _answer(self, exchange: Exchange, body: bytes) -> None:
+    async def _answer(self, exchange: Exchange, body: bytes, held: HeldBytes) -> None:
         exchange.record.stage = "admit"
         is_large = len(body) > LARGE_BODY_BYTES
         parsed, prompts, ignored = await in_thread_if(is_large, parse_completion, body)

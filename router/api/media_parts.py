@@ -8,6 +8,7 @@ from common.service import metrics
 from common.service.errors import InvalidRequest
 from protos.status_pb2 import ModelInfo
 from protos.vision_pb2 import ProbeReply, TilingOptions
+from router.api.named_media import MediaNames
 from router.api.schemas import ChatCompletionRequest, ImageUrl, Part, VideoUrl
 from router.api.tiles import FRAME, TileBudgets
 from router.api.video import FrameWish, resolve_frames
@@ -72,6 +73,7 @@ class MediaReader:
     model: ModelInfo
     settings: RouterSettings
     budgets: TileBudgets
+    names: MediaNames
     num_pixels: int = 0
     limits: MediaLimits = field(init=False)
 
@@ -86,11 +88,14 @@ class MediaReader:
             InvalidRequest, RequestTooLarge: it is missing or cannot be used.
         """
         param = f"{param}.image_url"
-        if part.image_url is None:
-            raise _missing("image", part, param)
-        source = ImageUrl(part.image_url) if isinstance(part.image_url, str) else part.image_url
+        source = ImageUrl(part.image_url) if isinstance(part.image_url, str) else part.image_url or ImageUrl()
+        if source.url is None:
+            return ImagePart(self._named_image(part, source, param))
         url_param = param if isinstance(part.image_url, str) else f"{param}.url"
-        return ImagePart(self._image(source.url, self.budgets.of(source, param), url_param))
+        tiling = self.budgets.of(source, param)
+        image = self._load(source.url, url_param)
+        self.names.bind_image(part.uuid, image, source)
+        return ImagePart(self._price(image, tiling, url_param))
 
     def video(self, part: Part, param: str) -> VideoPart:
         """Read and price a ``video_url`` or ``video`` part. Raises as ``image``."""
@@ -98,19 +103,38 @@ class MediaReader:
         if part.type == "video":
             if part.video is None:
                 raise _missing("video", part, param)
+            self.names.unbind(part.uuid)
             return VideoPart(self._frames(part.video, param))
         source = VideoUrl(part.video_url) if isinstance(part.video_url, str) else part.video_url or VideoUrl()
         if source.frames is not None:
             _check_only_frames(source, param)
+            self.names.unbind(part.uuid)
             return VideoPart(self._frames(source.frames, f"{param}.frames"))
         if source.url is None:
-            raise _missing("video", part, param)
+            return VideoPart([self._named_video(part, source, param)])
         url_param = param if isinstance(part.video_url, str) else f"{param}.url"
         wish = resolve_frames(source, self.request, self.settings, param)
-        return VideoPart([self._file(source.url, wish, url_param)])
+        data = load_video(source.url, self.limits, url_param)
+        self.names.bind_video(part.uuid, data, source)
+        return VideoPart([self._file(data, wish, url_param)])
 
-    def _file(self, url: str, wish: FrameWish, param: str) -> Medium:
-        data = load_video(url, self.limits, param)
+    def _named_image(self, part: Part, source: ImageUrl, param: str) -> Medium:
+        """As it was said to be when it was sent, unless this part says something itself."""
+        named = self.names.image(part.uuid)
+        if named is None:
+            raise _missing("image", part, param)
+        tiling = self.budgets.of(named.source if source == ImageUrl() else source, param)
+        return self._price(named.image, tiling, param)
+
+    def _named_video(self, part: Part, source: VideoUrl, param: str) -> Medium:
+        """Likewise."""
+        named = self.names.video(part.uuid)
+        if named is None:
+            raise _missing("video", part, param)
+        said = named.source if source == VideoUrl() else source
+        return self._file(named.data, resolve_frames(said, self.request, self.settings, param), param)
+
+    def _file(self, data: bytes, wish: FrameWish, param: str) -> Medium:
         # No frame is cut: what the other options say of tiles is the same for all videos.
         tiling = TilingOptions(min_dynamic_patch=1, max_dynamic_patch=1, num_frames=wish.limit)
         return Medium(data, param, tiling, wish.limit, is_video=True, frames=None if wish.is_exact else wish)
@@ -123,20 +147,22 @@ class MediaReader:
             raise InvalidRequest(f"at most {limit} frames are allowed", code="too_many_media_items", param=param)
         media = []
         for index, url in enumerate(urls):
-            medium = self._image(url, self.budgets.of(FRAME, param), f"{param}[{index}]")
+            tiling = self.budgets.of(FRAME, param)
+            medium = self._price(self._load(url, f"{param}[{index}]"), tiling, f"{param}[{index}]")
             medium.is_video = True
             media.append(medium)
         return media
 
-    def _image(self, url: str, tiling: Tiling, param: str) -> Medium:
-        exif_orientation = self.settings.exif_orientation
-        image = load_image(url, self.limits, param, exif_orientation=exif_orientation)
+    def _load(self, url: str, param: str) -> CompressedImage:
+        return load_image(url, self.limits, param, exif_orientation=self.settings.exif_orientation)
+
+    def _price(self, image: CompressedImage, tiling: Tiling, param: str) -> Medium:
         self._count_pixels(image, param)
         options = TilingOptions(
             min_dynamic_patch=tiling.min_tiles,
             max_dynamic_patch=tiling.max_tiles,
             use_thumbnail=tiling.use_thumbnail,
-            exif_orientation=exif_orientation,
+            exif_orientation=self.settings.exif_orientation,
         )
         return Medium(image.data, param, options, count_tiles(image.width, image.height, tiling))
 

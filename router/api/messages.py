@@ -8,6 +8,7 @@ from common.service import metrics
 from common.service.errors import InvalidRequest
 from protos.status_pb2 import ModelInfo
 from router.api.media_parts import ImagePart, MediaCount, MediaReader, Medium, VideoPart
+from router.api.named_media import MediaNames
 from router.api.schemas import ChatCompletionRequest, Message, Part
 from router.api.tiles import TileBudgets
 from router.settings import RouterSettings
@@ -26,8 +27,13 @@ class ReadMessage:
     param: str  # of its content, for error messages
 
 
-def read_messages(request: ChatCompletionRequest, model: ModelInfo, settings: RouterSettings) -> list[ReadMessage]:
+def read_messages(
+    request: ChatCompletionRequest, model: ModelInfo, settings: RouterSettings, names: MediaNames
+) -> list[ReadMessage]:
     """All turns of a request. Decodes base64: runs in a thread when that is much.
+
+    Args:
+        names: of media, for the request's scope; whatever has a name in this request is bound to it.
 
     Raises:
         InvalidRequest: a part that is not supported, too many media, or one that cannot be used.
@@ -38,7 +44,7 @@ def read_messages(request: ChatCompletionRequest, model: ModelInfo, settings: Ro
         metrics.MEDIA_REJECTED.labels("items").inc()
         message = f"at most {settings.max_media_items} images, videos and listed frames are allowed"
         raise InvalidRequest(message, code="too_many_media_items", param="messages")
-    reader = MediaReader(request, model, settings, TileBudgets(request, model, settings, count.images))
+    reader = MediaReader(request, model, settings, TileBudgets(request, model, settings, count.images), names)
     return [_read(message, f"messages[{index}]", reader) for index, message in enumerate(request.messages)]
 
 

@@ -35,9 +35,9 @@ Frames = Annotated[list[str], Meta(min_length=1)]
 
 
 class ImageUrl(Struct):
-    """Where an image is and how many tiles it may have."""
+    """Where an image is and how many tiles it may have. Without a URL it is the one that its ``uuid`` names."""
 
-    url: str
+    url: str | None = None
     detail: Detail | None = None
     max_dynamic_patch: PositiveInt | None = None
     min_dynamic_patch: PositiveInt | None = None

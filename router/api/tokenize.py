@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeVar
 from common.service.errors import Unavailable
 from protos import language_pb2 as lang
 from protos.status_pb2 import ModelInfo
+from router.admission import HeldBytes
 from router.api.chat import LARGE_BODY_BYTES, BodyEndpoint, ignored_header, in_thread_if, name_request, refuse_ignored
 from router.api.exchange import Exchange
 from router.api.media_parts import MediaCount
@@ -48,7 +49,7 @@ class TextEndpoint(BodyEndpoint):
 class TokenizeEndpoint(TextEndpoint):
     """``POST /tokenize``: the ids that a completion or a chat would be generated from."""
 
-    async def _answer(self, exchange: Exchange, body: bytes) -> None:
+    async def _answer(self, exchange: Exchange, body: bytes, held: HeldBytes) -> None:
         is_large = len(body) > LARGE_BODY_BYTES
         parsed, chat, ignored = await in_thread_if(is_large, parse_tokenize, body)
         del body
@@ -75,7 +76,7 @@ class TokenizeEndpoint(TextEndpoint):
         self, exchange: Exchange, chat: ChatCompletionRequest, model: ModelInfo, is_large: bool
     ) -> lang.TokenizeRequest:
         name_request(exchange, chat)
-        translated = await self._translate(exchange, chat, model, is_large)
+        translated = await self._translate(exchange, chat, model, is_large, held)
         return lang.TokenizeRequest(
             messages=translated.generate.messages,
             num_tiles=[image.num_tiles for image in translated.images],
@@ -86,7 +87,7 @@ class TokenizeEndpoint(TextEndpoint):
 class DetokenizeEndpoint(TextEndpoint):
     """``POST /detokenize``: the text of ids, special tokens included."""
 
-    async def _answer(self, exchange: Exchange, body: bytes) -> None:
+    async def _answer(self, exchange: Exchange, body: bytes, held: HeldBytes) -> None:
         parsed, ignored = await in_thread_if(len(body) > LARGE_BODY_BYTES, parse_detokenize, body)
         refuse_ignored(exchange, ignored)
         self._check_model(parsed.model)
