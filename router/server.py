@@ -17,12 +17,13 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from common.service import metrics
-from common.service.errors import AuthenticationFailed, HeadersTooLarge
+from common.service.errors import AuthenticationFailed, DvdError, HeadersTooLarge
 from protos import frame
 from router.admission import Admission, AdmissionLimits, Places, share
 from router.api import system
-from router.api.chat import ChatEndpoint, draining
+from router.api.chat import ChatEndpoint, draining, not_ready
 from router.api.completions import CompletionEndpoint
+from router.api.deep_health import DeepHealth
 from router.api.docs_page import StaticPage, render
 from router.api.exchange import Exchange
 from router.api.models import GetModel, ListModels, ModelList
@@ -141,10 +142,19 @@ class RouterServer:
             Route("/v1/models/{model_id:path}", GetModel(self.models), methods=["GET"]),
             Route("/live", system.Live(), methods=["GET"]),
             Route("/health", system.Health(lambda: self.is_ready), methods=["GET"]),
+            Route("/health/deep", self._make_deep_health(), methods=["GET"]),
             Route("/metrics", system.Metrics(), methods=["GET"]),
             Route("/version", system.Version(), methods=["GET"]),
             *docs,
         ]
+
+    def _make_deep_health(self) -> DeepHealth:
+        def refusal() -> DvdError | None:
+            if self.is_draining:
+                return draining()
+            return None if self.is_ready else not_ready()
+
+        return DeepHealth(self.fleet, self.admission, self.settings, refusal)
 
     def _check_headers(self, exchange: Exchange) -> None:
         raw = exchange.headers.raw

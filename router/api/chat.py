@@ -169,12 +169,12 @@ class BodyEndpoint(abc.ABC):
         if name is not None and self._models.is_known and not self._models.knows(name):
             raise NotFound(f"no model {name[:64]!r} here", code="model_not_found", param="model")
         if self._fleet.model is None:
-            raise _not_ready()
+            raise not_ready()
         return self._fleet.model
 
     def _check_servers(self, *, has_media: bool) -> None:
         if not self._fleet.may_have("language") or (has_media and not self._fleet.may_have("vision")):
-            raise _not_ready()
+            raise not_ready()
 
     def _deadline(self, exchange: Exchange) -> Deadline:
         return Deadline(exchange.record.received_at + self._time_limit(exchange))
@@ -266,7 +266,8 @@ def draining() -> Overloaded:
     return Overloaded("this server is shutting down", code="draining", retry_after=1.0)
 
 
-def _not_ready() -> Overloaded:
+def not_ready() -> Overloaded:
+    """A tier is empty, or nobody has said yet what is served."""
     return Overloaded("the servers are not ready yet", code="not_ready", retry_after=1.0)
 
 

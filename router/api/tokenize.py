@@ -56,7 +56,7 @@ class TokenizeEndpoint(TextEndpoint):
         refuse_ignored(exchange, ignored)
         model = self._check_model(parsed.model)
         self._check_servers(has_media=chat is not None and MediaCount.of(chat).items > 0)
-        request = _of_prompt(parsed) if chat is None else await self._of_chat(exchange, chat, model, is_large)
+        request = _of_prompt(parsed) if chat is None else await self._of_chat(exchange, chat, model, is_large, held)
         request.return_token_strs = bool(parsed.return_token_strs)
         del chat  # it still holds every image in base64
 
@@ -73,7 +73,7 @@ class TokenizeEndpoint(TextEndpoint):
         await exchange.respond_json(answer, headers=ignored_header(ignored))
 
     async def _of_chat(
-        self, exchange: Exchange, chat: ChatCompletionRequest, model: ModelInfo, is_large: bool
+        self, exchange: Exchange, chat: ChatCompletionRequest, model: ModelInfo, is_large: bool, held: HeldBytes
     ) -> lang.TokenizeRequest:
         name_request(exchange, chat)
         translated = await self._translate(exchange, chat, model, is_large, held)
