@@ -72,7 +72,7 @@ class RouterServer:
         """One HTTP request. Never raises: the seam where every failure becomes an answer."""
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
-        exchange = Exchange(scope, send)
+        exchange = Exchange(scope, send, self.settings.overload_status)
         try:
             self._check_headers(exchange)
             self._check_key(exchange)

@@ -1,7 +1,7 @@
 """Options of the router: bounds of API.md section 2 and resource caps of RELIABILITY.md section 5.6."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
@@ -16,6 +16,7 @@ MIB = 2**20
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+_OVERLOAD_STATUSES: Final = (429, 503, 529)
 MediumBytes = Annotated[int, Field(ge=1, le=MAX_MESSAGE_BYTES - MIB)]
 """What fits into one call to a vision server, with everything that goes along."""
 
@@ -108,6 +109,9 @@ class RouterSettings(ServerSettings):
         description="requests that would wait longer for their first token, in seconds and as far as can be told, are"
         " refused; default: those that would miss their deadline",
     )
+    overload_status: int = Field(
+        503, description="HTTP status of a request that is refused because too many wait: 429, 503 or 529"
+    )
     request_timeout: Seconds = Field(600.0, description="seconds a request may take in all")
     shutdown_timeout: Seconds = Field(60.0, description="seconds running requests get to end on shutdown")
 
@@ -131,6 +135,13 @@ class RouterSettings(ServerSettings):
             except ValueError as error:
                 raise ConfigError(f"--{info.field_name} {entry[:64]}: {error}") from None
         return entries
+
+    @field_validator("overload_status")
+    @classmethod
+    def _check_overload_status(cls, status: int) -> int:
+        if status not in _OVERLOAD_STATUSES:
+            raise ValueError(f"one of {', '.join(map(str, _OVERLOAD_STATUSES))} is allowed")
+        return status
 
     @model_validator(mode="after")
     def _check_tile_budget(self) -> "RouterSettings":

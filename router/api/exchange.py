@@ -22,6 +22,7 @@ from common.service.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    Overloaded,
     RequestReadTimeout,
     RequestTooLarge,
     Unavailable,
@@ -37,11 +38,16 @@ _KEY: Final = "dvd.exchange"
 
 
 class Exchange:
-    """What has been sent to the client so far. Use ``send`` instead of the server's own."""
+    """What has been sent to the client so far. Use ``send`` instead of the server's own.
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    Args:
+        overload_status: of the answer to a request for which there is no room.
+    """
+
+    def __init__(self, scope: Scope, send: Send, overload_status: int = Overloaded.http_status) -> None:
         scope[_KEY] = self
         self._send = send
+        self._overload_status = overload_status
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers = Headers(scope=scope)
@@ -93,6 +99,8 @@ class Exchange:
             self.status = ours.http_status
             return
         status, body, headers = to_http(ours)
+        if ours.code == Overloaded.default_code:  # neither "not_ready" nor "draining"
+            status = self._overload_status
         if self.status is None:
             if _must_close(ours):
                 headers["connection"] = "close"

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from openai import APIError, AsyncOpenAI, BadRequestError, OpenAI
 
-from common.service.errors import Unavailable
+from common.service.errors import InternalError, InvalidRequest, Unavailable
 from protos.language_pb2 import Choices, Grammar
 from tests.router.conftest import CHAT, data_url, png, running_system, user
 from tests.router.fakes import digest
@@ -291,6 +291,26 @@ async def test_openai_client_notices_an_error_in_a_stream(system):
             async for _ in stream:
                 pass
     assert raised.value.code == "worker_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("failure", "num_asked"),
+    [(InternalError("a bug"), 1), (InvalidRequest("bad", code="request_quarantined"), 1), (Unavailable("gone"), 2)],
+)
+async def test_openai_client_comes_again_only_where_that_helps(system, failure, num_asked):
+    """It would retry every 5xx; ``x-should-retry`` is what keeps it from asking a bug again."""
+    system.language.fail_after = (1, failure)
+    num_answers = 0
+
+    async def count(response: httpx.Response) -> None:
+        nonlocal num_answers
+        num_answers += 1
+
+    http = httpx.AsyncClient(event_hooks={"response": [count]})
+    async with AsyncOpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=1, http_client=http) as client:
+        with pytest.raises(APIError) as raised:
+            await client.chat.completions.create(model="fake", messages=[user("a b")])
+    assert (raised.value.code, num_answers) == (failure.code, num_asked)
 
 
 async def test_sampling_defaults_come_from_the_model_and_null_means_not_given(system):

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from common.service.errors import InvalidRequest, Overloaded
+from common.service.errors import ConfigError, InvalidRequest, Overloaded
 from router.api.layout import IMAGE_MARKER
+from router.settings import RouterSettings
 from tests.router.conftest import CHAT, data_url, error_of, png, running_system, user
 from tests.router.fakes import digest
 
@@ -372,6 +373,25 @@ async def test_errors_of_the_language_server_keep_their_status(system):
     assert error_of(response)["type"] == "overloaded_error"
     assert response.headers["retry-after"] == "1"
     assert response.headers["x-should-retry"] == "true"
+
+
+async def test_the_status_of_overload_can_be_chosen_and_of_nothing_else():
+    async with running_system(overload_status=429) as system:
+        system.language.fail_with = Overloaded("full")
+        response = await system.chat()
+        assert (response.status_code, error_of(response)["code"]) == (429, "overloaded")
+        assert response.headers["x-should-retry"] == "true"
+        assert response.headers["retry-after"]
+        await system.router.drain()
+        response = await system.chat()
+        assert (response.status_code, error_of(response)["code"]) == (503, "draining")
+
+
+def test_other_statuses_are_no_overload():
+    where = ["--vision", "a:1", "--language", "b:2"]
+    assert RouterSettings.load([*where, "--overload-status", "529"]).overload_status == 529
+    with pytest.raises(ConfigError, match="429, 503, 529"):
+        RouterSettings.load([*where, "--overload-status", "500"])
 
 
 async def test_an_image_that_only_decoding_unmasks(system):
