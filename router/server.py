@@ -29,6 +29,7 @@ from router.api.exchange import Exchange
 from router.api.models import GetModel, ListModels, ModelList
 from router.api.named_media import NamedMedia
 from router.api.openapi import describe
+from router.api.origins import Origins
 from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from router.discovery import Discovery
 from router.fleet import Fleet
@@ -60,6 +61,7 @@ class RouterServer:
         self.named_media = NamedMedia(settings.max_named_media_bytes)
         self.is_draining = False
         self._cut_off = asyncio.Event()
+        self._origins = Origins(settings.allowed_origins)
         self._keys = _Keys([key.get_secret_value() for key in settings.api_key])
         self._routes = Router(self._make_routes(), redirect_slashes=False)
 
@@ -72,9 +74,13 @@ class RouterServer:
         """One HTTP request. Never raises: the seam where every failure becomes an answer."""
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
-        exchange = Exchange(scope, send, self.settings.overload_status)
+        # The path that routes is the one that decides on the key.
+        scope = {**scope, "path": self._below_root(scope["path"]), "root_path": ""}
+        exchange = Exchange(scope, self._origins.wrap(scope, send), self.settings.overload_status)
         try:
             self._check_headers(exchange)
+            if self._origins.is_preflight(scope):
+                return await self._origins.answer(scope, receive, exchange.send)
             self._check_key(exchange)
             self._check_drain(exchange)
             # With "app" in the scope starlette raises its 404 and 405 instead of answering in plain text.
@@ -147,6 +153,11 @@ class RouterServer:
             Route("/version", system.Version(), methods=["GET"]),
             *docs,
         ]
+
+    def _below_root(self, path: str) -> str:
+        """A proxy may have taken the root path away, or not."""
+        root = self.settings.root_path
+        return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
     def _make_deep_health(self) -> DeepHealth:
         def refusal() -> DvdError | None:

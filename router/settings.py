@@ -1,5 +1,6 @@
 """Options of the router: bounds of API.md section 2 and resource caps of RELIABILITY.md section 5.6."""
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal
 
@@ -10,6 +11,7 @@ from common.service.program import ServerSettings
 from common.service.rpc import MAX_MESSAGE_BYTES
 from common.service.settings import Field, SecretStr
 from protos.frame import MAX_TILES
+from router.api.origins import is_origin
 from router.discovery import parse_entry
 
 MIB = 2**20
@@ -52,6 +54,12 @@ class RouterSettings(ServerSettings):
 
     served_model_name: list[str] = Field(
         [], description="names clients may ask for, the first is shown; default: what the servers call the model"
+    )
+    root_path: str = Field(
+        "", description="path under which a proxy serves this router; requests may come with it or without"
+    )
+    allowed_origins: list[str] = Field(
+        [], description="origins whose pages may talk to this router from a browser (CORS), * for all; empty: none"
     )
     api_key: list[SecretStr] = Field([], description="accepted bearer tokens; empty: everybody may ask")
 
@@ -135,6 +143,21 @@ class RouterSettings(ServerSettings):
             except ValueError as error:
                 raise ConfigError(f"--{info.field_name} {entry[:64]}: {error}") from None
         return entries
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, path: str) -> str:
+        if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path) is None:
+            raise ValueError("it begins with a slash and does not end with one, such as /models/vl")
+        return path
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not is_origin(origin):
+                raise ValueError("an origin is * or scheme://host[:port], without a path")
+        return origins
 
     @field_validator("overload_status")
     @classmethod

@@ -71,6 +71,68 @@ async def test_every_route_but_the_probes_needs_a_key():
         assert first.images[0].mm_hash != second.images[0].mm_hash
 
 
+async def test_a_root_path_may_be_there_or_not():
+    async with running_system(root_path="/team/vl", api_key=["k"]) as system:
+        for path, status in {
+            "/team/vl/live": 200,
+            "/live": 200,
+            "/team/vl/v1/models": 401,
+            "/team/vl/team/vl/live": 401,
+            "/team/vl": 401,
+            "/team/vlive": 401,
+        }.items():
+            assert (await system.http.get(path)).status_code == status, path
+        headers = {"Authorization": "Bearer k"}
+        body = {"messages": [user("x")]}
+        assert (await system.http.post(f"/team/vl{CHAT}", json=body, headers=headers)).status_code == 200
+        assert (await system.http.get("/team/vl", headers=headers)).status_code == 404
+
+
+PAGE = {"Origin": "https://page.example"}
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+
+
+async def test_no_page_of_another_origin_by_default(system):
+    response = await system.http.get("/v1/models", headers=PAGE)
+    assert not {name for name in response.headers if name.startswith("access-control")}
+    assert (await system.http.options(CHAT, headers={**PAGE, **PREFLIGHT})).status_code == 405
+
+
+async def test_pages_of_allowed_origins():
+    async with running_system(allowed_origins=["https://page.example"], api_key=["k"]) as system:
+        asked = await system.http.options(CHAT, headers={**PAGE, **PREFLIGHT})
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == PAGE["Origin"]
+        assert asked.headers["access-control-allow-headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+        assert "access-control-allow-credentials" not in asked.headers
+        assert asked.headers["x-request-id"]
+        refused = await system.http.options(CHAT, headers={"Origin": "https://evil.example", **PREFLIGHT})
+        assert (refused.status_code, error_of(refused)["code"]) == (400, "invalid_value")
+        assert "access-control-allow-origin" not in refused.headers
+        # A preflight opens nothing: the request itself needs the key, and the page may read why it was refused.
+        without_key = await system.http.post(CHAT, json={"messages": [user("x")]}, headers=PAGE)
+        assert (without_key.status_code, error_of(without_key)["code"]) == (401, "invalid_api_key")
+        assert without_key.headers["access-control-allow-origin"] == PAGE["Origin"]
+        plain = await system.http.options(CHAT, headers=PAGE)
+        assert plain.status_code == 401
+        headers = {"Authorization": "Bearer k", **PAGE}
+        answer = await system.http.post(CHAT, json={"messages": [user("x")], "stream": True}, headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == PAGE["Origin"]
+        assert "x-request-id" in answer.headers["access-control-expose-headers"]
+        other = await system.http.get("/live", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--allowed-origins=page.example", "--allowed-origins=https://page.example/", "--root-path=api", "--root-path=/a/"],
+)
+def test_origins_and_root_paths_that_are_none(flag):
+    with pytest.raises(ConfigError):
+        RouterSettings.load(["--vision", "a:1", "--language", "b:2", flag])
+
+
 async def test_without_keys_any_bearer_will_do(system):
     assert (await system.http.get("/v1/models", headers={"Authorization": "Bearer"})).status_code == 200
 
