@@ -18,6 +18,7 @@ from benchmarks.mock_workers import TEXT
 from common.service.heap import freeze_heap, keep_freed_memory
 from router.__main__ import HttpServer, http_config
 from router.api import sse
+from router.settings import RouterSettings
 
 _HEADERS: Final = [(name.encode(), value.encode()) for name, value in sse.HEADERS.items()]
 _BACKLOG: Final = 2048
@@ -58,7 +59,8 @@ async def serve() -> None:
     """Until the standard input ends: whoever started this has gone."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
     listener.setblocking(False)
-    http = HttpServer(http_config(bare_app))
+    settings = RouterSettings(vision=("127.0.0.1:1",), language=("127.0.0.1:1",))  # for their bounds on headers
+    http = HttpServer(http_config(bare_app, settings))
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     await asyncio.to_thread(sys.stdin.read)

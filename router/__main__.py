@@ -19,6 +19,7 @@ from common.service import announce, metrics
 from common.service.errors import StartupError
 from common.service.listen import UNIX, cannot_listen, check_free, split_host_port
 from common.service.program import EXIT_FAILURE, run_loop, start_program, stop_signal
+from router.http_protocol import HttpProtocol
 from router.processes import Place, Processes
 from router.server import RouterServer
 from router.settings import RouterSettings
@@ -60,7 +61,7 @@ async def run(settings: RouterSettings, listener: socket.socket | None = None, p
         _serve_own_metrics(settings, place)
     router = RouterServer(settings)
     listener = listener or _listen(settings)
-    http = HttpServer(http_config(router))
+    http = HttpServer(http_config(router, router.settings))
     async with router.running():
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         announcing = asyncio.create_task(_announce_when_ready(router, listener, place), name="announce")
@@ -117,11 +118,11 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_config(app: ASGIApp) -> uvicorn.Config:
+def http_config(app: ASGIApp, settings: RouterSettings) -> uvicorn.Config:
     """How HTTP is spoken here; ``app`` is a ``RouterServer``, or what one is compared with."""
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=HttpProtocol.within(settings),
         ws="none",
         lifespan="off",
         loop="none",

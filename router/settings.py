@@ -100,6 +100,7 @@ class RouterSettings(ServerSettings):
     max_held_body_bytes: Count = Field(2048 * MIB, description="bytes of all bodies and images held at once")
     max_header_bytes: Count = Field(32 * 1024, description="bytes of all headers of a request")
     max_headers: Count = Field(256, description="headers of a request")
+    header_read_timeout: Seconds = Field(10.0, description="seconds a client has to send its headers")
     body_read_timeout: Seconds = Field(30.0, description="seconds a client has to send its body")
     slow_reader_timeout: Seconds = Field(30.0, description="seconds a client may leave its answer unread")
 

@@ -95,7 +95,7 @@ async def running_system(
 async def serving(router: RouterServer) -> AsyncIterator[str]:
     """The router behind uvicorn, as its main program does it, on a free port."""
     listener = _listen(router.settings)
-    http = HttpServer(http_config(router))
+    http = HttpServer(http_config(router, router.settings))
     task = asyncio.create_task(http.serve(sockets=[listener]))
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,0 +1,108 @@
+"""Connections that send no requests: answered in the usual shape, and no memory or time without bound."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.router.conftest import CHAT, System, running_system, user
+
+HEAD = b"GET /live HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.fixture
+async def hasty() -> AsyncIterator[System]:
+    async with running_system(header_read_timeout=0.3) as running:
+        yield running
+
+
+async def talk(system: System, *pieces: bytes, pause: float = 0) -> bytes:
+    """Everything that is answered until the router hangs up."""
+    url = urlsplit(system.url)
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    try:
+        async with asyncio.timeout(10):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(pause)
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+def error_in(answer: bytes) -> tuple[int, str]:
+    """Status and code, after checking what every error must have."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    assert headers["x-request-id"]
+    assert (headers["x-should-retry"], headers["connection"]) == ("false", "close")
+    assert int(headers["content-length"]) == len(body)
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return int(status.split()[1]), error["code"]
+
+
+NOT_HTTP: Sequence[bytes] = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),  # TLS
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"BREW / HTTP/1.1\r\n\r\n",
+    b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+    HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    HEAD + b"no colon\r\n\r\n",
+    HEAD + b"a: \0\r\n\r\n",
+]
+
+
+async def test_what_is_not_http(system):
+    for request in NOT_HTTP:
+        assert error_in(await talk(system, request)) == (400, "invalid_value"), request
+
+
+async def test_headers_that_never_end(system):
+    assert error_in(await talk(system, HEAD, b"a: " + b"b" * 70_000)) == (431, "headers_too_large")
+    assert error_in(await talk(system, b"GET /" + b"a" * 70_000)) == (431, "headers_too_large")
+
+
+async def test_headers_that_come_too_slowly(hasty):
+    assert error_in(await talk(hasty, HEAD)) == (408, "request_read_timeout")
+    assert error_in(await talk(hasty, *[b"\r\n"] * 4, pause=0.02)) == (408, "request_read_timeout")
+    assert await talk(hasty) == b""  # nothing said, nothing answered
+
+
+async def test_a_slow_start_of_the_next_request_does_not_end_an_answer(hasty):
+    hasty.language.at_token.is_open.clear()
+    body = json.dumps({"messages": [user("x")]}).encode()
+    post = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body)
+    talking = asyncio.create_task(talk(hasty, post + HEAD))
+    await hasty.language.at_token.wait_for(lambda gate: gate.num_entered > 0)
+    await asyncio.sleep(0.5)  # longer than headers may take
+    hasty.language.at_token.is_open.set()
+    answer, _, rest = (await talking).partition(b"HTTP/1.1 408")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"user: x" in answer
+    assert rest
+
+
+async def test_trailers_are_not_kept(system):
+    """A body may end; what follows it in the same message is nobody's."""
+    body = json.dumps({"messages": [user("x")]}).encode()
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n" % CHAT.encode()
+    chunks = b"%x\r\n%s\r\n0\r\nX-Request-Id: late\r\n\r\n" % (len(body), body)
+    answer = await talk(system, head, chunks)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"late" not in answer
+
+
+async def test_connections_are_kept_between_requests(hasty):
+    for _ in range(3):
+        assert (await hasty.http.get("/live")).status_code == 200
+        assert (await hasty.chat()).status_code == 200
+    await asyncio.sleep(0.5)  # idle for longer than headers may take
+    assert (await hasty.http.get("/live")).status_code == 200
