@@ -59,7 +59,7 @@ async def serve() -> None:
     """Until the standard input ends: whoever started this has gone."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
     listener.setblocking(False)
-    settings = RouterSettings(vision=("127.0.0.1:1",), language=("127.0.0.1:1",))  # for their bounds on headers
+    settings = RouterSettings.model_validate({"vision": ["127.0.0.1:1"], "language": ["127.0.0.1:1"]})
     http = HttpServer(http_config(bare_app, settings))
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)

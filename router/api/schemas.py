@@ -209,10 +209,29 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "audio": (),
     "prompt_embeds": (),
     "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "echo": (False,),
+    "documents": ([],),
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "no_stop_trim": (False,),
+    "stop_regex": ([],),
+    "min_new_tokens": (0,),
+    "max_new_tokens": (),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1.0,),
+    "repetition_detection": (),
+    "custom_logit_processor": (),
+    "guided_whitespace_pattern": (),
+    "lora_path": (),
+    "web_search_options": (),
 }
 
 _T = TypeVar("_T")
 StructT = TypeVar("StructT", bound=Struct)
+# Tools that may not be called change nothing.
+_NEEDLESS: Final[Mapping[str, str]] = {"tools": "tool_choice", "functions": "function_call"}
+
 _top_level = msgspec.json.Decoder(dict[str, Raw])
 _chat = msgspec.json.Decoder(ChatCompletionRequest)
 _WHERE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
@@ -243,7 +262,8 @@ def parse_body(
     _check_nesting(body)
     fields: dict[str, Raw] = decode(_top_level, body)
     for name in unsupported.keys() & fields.keys():
-        _check_inert(name, bytes(fields[name]), unsupported[name])
+        if not _is_needless(name, fields):
+            _check_inert(name, bytes(fields[name]), unsupported[name])
     if len(memoryview(fields.get("chat_template_kwargs", NULL))) > MAX_TEMPLATE_KWARGS_BYTES:
         message = f"chat_template_kwargs may have at most {MAX_TEMPLATE_KWARGS_BYTES} bytes"
         raise InvalidRequest(message, param="chat_template_kwargs")
@@ -272,6 +292,10 @@ def _explain(message: str) -> tuple[str, str | None]:
     path = where["path"] if where else ""
     reason = _QUOTED.sub(r"\g<quote>\g<start>...\g<quote>", message[: where.start()] if where else message)
     return f"{path}: {reason}" if path else reason, path or None
+
+
+def _is_needless(name: str, fields: Mapping[str, Raw]) -> bool:
+    return name in _NEEDLESS and bytes(fields.get(_NEEDLESS[name], NULL)) == b'"none"'
 
 
 def _check_inert(name: str, raw: bytes, inert: tuple[Any, ...]) -> None:

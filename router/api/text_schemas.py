@@ -117,7 +117,7 @@ _prompts: msgspec.json.Decoder[str | list[str | TokenId | TokenIdList]] = msgspe
 )
 # Beside what chats cannot have either.
 UNSUPPORTED_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
-    **UNSUPPORTED,
+    **{name: inert for name, inert in UNSUPPORTED.items() if name not in CompletionRequest.__struct_fields__},
     "suffix": ("",),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),

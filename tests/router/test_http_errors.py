@@ -131,6 +131,12 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
     ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
     ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+    ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "unsupported_parameter", "tools"),
+    ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
+    ({"stop_regex": "a+"}, "unsupported_parameter", "stop_regex"),
+    ({"include_stop_str_in_output": True}, "unsupported_parameter", "include_stop_str_in_output"),
+    ({"max_new_tokens": 5}, "unsupported_parameter", "max_new_tokens"),
+    ({"echo": True}, "unsupported_parameter", "echo"),
     ({"bad_words": ["x"]}, "unsupported_parameter", "bad_words"),
     ({"chat_template": "{{ x }}"}, "unsupported_parameter", "chat_template"),
     ({"chat_template_kwargs": {"thinking": True}}, "invalid_value", "chat_template_kwargs"),
@@ -270,6 +276,12 @@ async def test_what_only_looks_bad_is_answered(system):
         assert system.language.requests[-1].messages[0].parts[0].text == text
     only_inert = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "structured_outputs": None}
     assert (await system.chat(**only_inert)).status_code == 200
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    needless = {"tools": tools, "tool_choice": "none", "functions": [{"name": "f"}], "function_call": "none"}
+    inert = {"echo": False, "add_generation_prompt": True, "stop_regex": None, "typical_p": 1, "min_new_tokens": 0}
+    response = await system.chat(**needless, **inert)
+    assert response.status_code == 200, response.text
+    assert "x-dvd-ignored" not in response.headers
     outputs = {"regex": None, "grammar": None, "disable_any_whitespace": False, "disable_fallback": True}
     assert (await system.chat(structured_outputs=outputs, response_format=None)).status_code == 200
     assert (await system.chat(structured_outputs={})).status_code == 200
