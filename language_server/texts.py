@@ -15,6 +15,8 @@ from protos.language_pb2 import DetokenizeReply, DetokenizeRequest, TokenizeRepl
 
 MAX_WAITING: Final = 64
 """Calls at once. They share threads with the prompts of requests, which must not wait long for them."""
+MAX_REPLY_TOKENS: Final = 2**20
+"""More than any context holds; and who relays them must not stand still for long."""
 _ResultT = TypeVar("_ResultT")
 
 
@@ -47,12 +49,15 @@ class Texts:
         """Ids of a prompt.
 
         Raises:
-            InvalidRequest: as ``PromptBuilder.build`` and ``build_raw``.
+            InvalidRequest: as ``PromptBuilder.build`` and ``build_raw``; or more than ``MAX_REPLY_TOKENS``.
             Overloaded: too many calls at once.
         """
 
         def tokenize() -> TokenizeReply:
             ids = self._lay_out(request)
+            if len(ids) > MAX_REPLY_TOKENS:
+                message = f"the text has {len(ids)} tokens, at most {MAX_REPLY_TOKENS} can be told"
+                raise InvalidRequest(message, code="context_length_exceeded", param="messages")
             token_strs = [self._tokenizer.token(token_id) for token_id in ids] if request.return_token_strs else []
             return TokenizeReply(token_ids=ids, token_strs=token_strs)
 
@@ -65,11 +70,15 @@ class Texts:
             InvalidRequest: an id is outside the vocabulary.
             Overloaded: too many calls at once.
         """
-        for index, token_id in enumerate(request.token_ids):
-            if token_id >= self._vocab_size:
-                message = f"a token id is outside the vocabulary of {self._vocab_size}"
-                raise InvalidRequest(message, param=f"tokens[{index}]")
-        return await self._in_thread(lambda: DetokenizeReply(text=self._tokenizer.decode(list(request.token_ids))))
+
+        def detokenize() -> DetokenizeReply:
+            for index, token_id in enumerate(request.token_ids):
+                if token_id >= self._vocab_size:
+                    message = f"a token id is outside the vocabulary of {self._vocab_size}"
+                    raise InvalidRequest(message, param=f"tokens[{index}]")
+            return DetokenizeReply(text=self._tokenizer.decode(list(request.token_ids)))
+
+        return await self._in_thread(detokenize)
 
     def _lay_out(self, request: TokenizeRequest) -> list[int]:
         tile_tokens = [[self._tokens_per_tile] * num_tiles for num_tiles in request.num_tiles]

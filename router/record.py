@@ -50,7 +50,7 @@ class RequestRecord:
     received_at: float = field(default_factory=time.monotonic)
     kind: RequestClass = "text"
     stage: Stage = "read"
-    is_chat: bool = False
+    is_chat: bool = False  # or a completion: generated, counted and logged
     is_flash: bool = False  # ViR may save tokens
     num_images: int = 0
     num_videos: int = 0

@@ -13,7 +13,7 @@ from router.api.completion_answers import AskedPrompt, CompletionAnswer, FullCom
 from router.api.exchange import Exchange
 from router.api.text_schemas import CompletionRequest, TextPrompt, parse_completion
 from router.api.translate import Origin
-from router.api.translate_text import check_num_choices, prompt_params, translate_completion
+from router.api.translate_text import check_num_choices, prompt_params, translate_completion, with_param
 from router.causes import cause_of
 from router.record import RequestRecord
 from router.request import ChatRequest
@@ -85,9 +85,7 @@ class CompletionEndpoint(BodyEndpoint):
         try:
             await self._pipeline.run(request, answer, record)
         except InvalidRequest as error:
-            # For a language server every prompt is the messages.
-            named = param if error.param == "messages" else error.param
-            raise type(error)(error.message, code=error.code, param=named) from None
+            raise with_param(error, param) from None
 
 
 def _records(exchange: Exchange, prompts: Sequence[TextPrompt]) -> list[RequestRecord]:

@@ -153,7 +153,8 @@ def _read_prompts(raw: bytes) -> list[TextPrompt]:
     try:
         value = decode(_prompts, raw)
     except InvalidRequest as error:
-        raise InvalidRequest(error.message, param=f"prompt{error.param or ''}") from None
+        message = f"prompt{error.message}" if error.param else f"prompt: {error.message}"
+        raise InvalidRequest(message, param=f"prompt{error.param or ''}") from None
     if isinstance(value, str):
         return [value]
     kinds = {type(item) for item in value}

@@ -1,9 +1,10 @@
 """``POST /tokenize`` and ``/detokenize``: a language server is asked, nothing is generated. vLLM's shapes."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, TypeVar
 
-from common.service.errors import Unavailable
+from common.service.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from protos import language_pb2 as lang
 from protos.status_pb2 import ModelInfo
 from router.admission import HeldBytes
@@ -12,8 +13,9 @@ from router.api.exchange import Exchange
 from router.api.media_parts import MediaCount
 from router.api.schemas import ChatCompletionRequest
 from router.api.text_schemas import TokenizeRequest, parse_detokenize, parse_tokenize
-from router.api.translate_text import raw_prompt
+from router.api.translate_text import raw_prompt, with_param
 from router.language_search import LanguageSearch
+from router.record import Deadline
 from router.workers import LanguageWorker
 
 _ReplyT = TypeVar("_ReplyT")
@@ -29,12 +31,23 @@ class TextEndpoint(BodyEndpoint):
 
         Raises:
             Unavailable: none does; what the last one said.
+            DeadlineExceeded: the time is used up.
             DvdError: what a server said of the request, or of itself.
         """
-        deadline, search = self._deadline(exchange), LanguageSearch(self._fleet)
+        deadline = self._deadline(exchange)
+        try:
+            async with asyncio.timeout(deadline.remaining()):
+                return await self._ask_in_turn(exchange.record.request_id.encode(), deadline, call)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time is used up") from None
+
+    async def _ask_in_turn(
+        self, request_id: bytes, deadline: Deadline, call: Callable[[LanguageWorker, float], Awaitable[_ReplyT]]
+    ) -> _ReplyT:
+        search = LanguageSearch(self._fleet)
         failure: Unavailable | None = None
         self._fleet.note_request("language")
-        while (language := await search.next(exchange.record.request_id.encode())) is not None:
+        while (language := await search.next(request_id)) is not None:
             if failure is not None and not self._fleet.may_retry("language", failure):
                 break
             try:
@@ -63,7 +76,10 @@ class TokenizeEndpoint(TextEndpoint):
         async def ask(language: LanguageWorker, timeout: float) -> lang.TokenizeReply:
             return await language.tokenize(request, timeout)
 
-        reply = await self._ask(exchange, ask)
+        try:
+            reply = await self._ask(exchange, ask)
+        except InvalidRequest as error:
+            raise with_param(error, "prompt" if request.HasField("raw") else "messages") from None
         answer: dict[str, Any] = {
             "count": len(reply.token_ids),
             "max_model_len": model.max_model_len,

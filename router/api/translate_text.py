@@ -30,6 +30,11 @@ def prompt_params(num_prompts: int) -> list[str]:
     return ["prompt"] if num_prompts == 1 else [f"prompt[{index}]" for index in range(num_prompts)]
 
 
+def with_param(error: InvalidRequest, param: str) -> InvalidRequest:
+    """What a language server says of a prompt, which for it is always the messages."""
+    return type(error)(error.message, code=error.code, param=param if error.param == "messages" else error.param)
+
+
 def check_num_choices(request: CompletionRequest, num_prompts: int, settings: RouterSettings) -> None:
     """Raises InvalidRequest for more replies than one request may ask for."""
     if num_prompts > 1 and num_prompts * (request.n or 1) > settings.max_n:

@@ -89,6 +89,13 @@ async def test_what_cannot_be_read_is_refused(system, checkpoint):
     await system.at_rest()
 
 
+async def test_no_more_is_told_than_anybody_can_use(system, monkeypatch):
+    monkeypatch.setattr(texts, "MAX_REPLY_TOKENS", 3)
+    assert (await system.stub.Tokenize(TokenizeRequest(raw=raw("the number is")))).token_ids
+    error = await failure(system.stub.Tokenize(TokenizeRequest(raw=raw("the number is the number"))))
+    assert error.code == "context_length_exceeded"
+
+
 async def test_too_many_at_once_and_a_server_that_leaves(system, monkeypatch):
     monkeypatch.setattr(texts, "MAX_WAITING", 0)
     error = await failure(system.stub.Tokenize(TokenizeRequest(raw=raw("a"))))

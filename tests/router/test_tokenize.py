@@ -91,11 +91,20 @@ async def test_another_server_is_asked_where_one_fails():
 async def test_what_a_server_says_is_told(system):
     system.language.text_failures += [
         InvalidRequest("a reserved token", param="messages"),
+        InvalidRequest("a reserved token", param="messages"),
         Overloaded("too many texts"),
     ]
     assert error_of(await tokenize(system, messages=[user("a")]))["param"] == "messages"
+    assert error_of(await tokenize(system, prompt="a"))["param"] == "prompt"
     response = await system.http.post("/detokenize", json={"tokens": [1]})
     assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
+
+
+async def test_the_time_is_bounded(system):
+    system.language.at_text.is_open.clear()
+    headers = {"X-Dvd-Deadline-Ms": "50"}
+    response = await system.http.post("/tokenize", json={"prompt": "a"}, headers=headers)
+    assert (response.status_code, error_of(response)["code"]) == (504, "timeout")
 
 
 async def test_a_client_that_leaves_ends_the_call(system):
