@@ -129,15 +129,6 @@ class RouterServer:
         return share(places, self.settings.workers)
 
     def _make_routes(self) -> list[Route]:
-        document = describe(has_keys=bool(self._keys))
-        docs = (
-            []
-            if self.settings.disable_docs
-            else [
-                Route("/openapi.json", StaticPage.json(document), methods=["GET"]),
-                Route("/docs", StaticPage.html(render(document)), methods=["GET"]),
-            ]
-        )
         parts = (self.fleet, self.models, self.admission, self.settings, self.named_media, self._cut_off)
         return [
             Route("/v1/chat/completions", ChatEndpoint(*parts), methods=["POST"]),
@@ -151,7 +142,16 @@ class RouterServer:
             Route("/health/deep", self._make_deep_health(), methods=["GET"]),
             Route("/metrics", system.Metrics(), methods=["GET"]),
             Route("/version", system.Version(), methods=["GET"]),
-            *docs,
+            *self._make_docs(),
+        ]
+
+    def _make_docs(self) -> list[Route]:
+        if self.settings.disable_docs:
+            return []
+        document = describe(has_keys=bool(self._keys))
+        return [
+            Route("/openapi.json", StaticPage.json(document), methods=["GET"]),
+            Route("/docs", StaticPage.html(render(document)), methods=["GET"]),
         ]
 
     def _below_root(self, path: str) -> str:

@@ -68,7 +68,8 @@ class TokenizeEndpoint(TextEndpoint):
         del body
         refuse_ignored(exchange, ignored)
         model = self._check_model(parsed.model)
-        self._check_servers(has_media=chat is not None and MediaCount.of(chat).items > 0)
+        # Images are priced here; only the length of a video is for a vision server to tell.
+        self._check_servers(has_media=chat is not None and MediaCount.of(chat).videos > 0)
         request = _of_prompt(parsed) if chat is None else await self._of_chat(exchange, chat, model, is_large, held)
         request.return_token_strs = bool(parsed.return_token_strs)
         del chat  # it still holds every image in base64
