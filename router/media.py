@@ -1,14 +1,17 @@
 """The one place that turns a media URL into compressed bytes and looks at them.
 
-Only ``data:`` URLs are read. Nothing here decodes pixels: Pillow reads width and height from an image's header, and of
+``data:`` URLs are read; what is behind others has been fetched before (fetch/fetcher.py), or they are refused. Nothing
+here decodes pixels: Pillow reads width and height from an image's header, and of
 a video only the first bytes are looked at. Knows nothing of tiles, frames, prompts or servers.
 """
 
 import binascii
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from types import MappingProxyType
 from typing import Final
 
 from PIL import Image, UnidentifiedImageError
@@ -29,6 +32,7 @@ _VIDEO_SIGNATURE: Final = re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip)|\x1a
 _FRAME_LIST: Final = re.compile(r"data:video/jpeg[;,]", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:(?P<media_type>[^,]*),", re.IGNORECASE)
 _MAX_MEDIA_TYPE_CHARS: Final = 256
+NOTHING_FETCHED: Final[Mapping[str, bytes]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +57,32 @@ class CompressedImage:
         return self.width * self.height
 
 
-def load_image(url: str, limits: MediaLimits, param: str, *, exif_orientation: bool = False) -> CompressedImage:
+def load_image(
+    url: str,
+    limits: MediaLimits,
+    param: str,
+    *,
+    exif_orientation: bool = False,
+    fetched: Mapping[str, bytes] = NOTHING_FETCHED,
+) -> CompressedImage:
     """The image behind a URL.
 
     Args:
         exif_orientation: width and height are those of the image turned as its EXIF says.
+        fetched: what is behind the URLs that were fetched.
 
     Raises:
-        InvalidRequest: ``media_url_blocked`` for everything that is not a ``data:`` URL, ``invalid_image`` for what
-            is not an image or too large in pixels.
+        InvalidRequest: ``media_url_blocked`` for everything that is neither a ``data:`` URL nor fetched,
+            ``invalid_image`` for what is not an image or too large in pixels.
         RequestTooLarge: more compressed bytes than allowed.
     """
-    data = _decode_data_url(url, limits.max_item_bytes, "an image", param)
+    data = _read(url, limits.max_item_bytes, "an image", param, fetched)
     width, height = _read_size(data, limits, param, exif_orientation)
-    metrics.MEDIA_BYTES.labels("data").inc(len(data))
+    _count_bytes(url, data)
     return CompressedImage(data, width, height)
 
 
-def load_video(url: str, limits: MediaLimits, param: str) -> bytes:
+def load_video(url: str, limits: MediaLimits, param: str, *, fetched: Mapping[str, bytes] = NOTHING_FETCHED) -> bytes:
     """The video file behind a URL, as the client sent it: MP4 or MOV, Matroska or WebM, or AVI by its first bytes.
 
     Raises:
@@ -81,18 +93,36 @@ def load_video(url: str, limits: MediaLimits, param: str) -> bytes:
     if _FRAME_LIST.match(url):
         message = "frames in one URL are not supported: send them as a list of images"
         raise _invalid("format", message, param, code="unsupported_media")
-    data = _decode_data_url(url, limits.max_video_bytes, "a video", param)
+    data = _read(url, limits.max_video_bytes, "a video", param, fetched)
     if _VIDEO_SIGNATURE.match(data) is None:
         raise _invalid("format", "not an MP4, MOV, WebM, Matroska or AVI video", param, code="unsupported_media")
-    metrics.MEDIA_BYTES.labels("data").inc(len(data))
+    _count_bytes(url, data)
     return data
+
+
+def _read(url: str, max_bytes: int, what: str, param: str, fetched: Mapping[str, bytes]) -> bytes:
+    if _holds_data(url):
+        return _decode_data_url(url, max_bytes, what, param)
+    data = fetched.get(url)
+    if data is None:
+        raise blocked_url(param)
+    if len(data) > max_bytes:  # the same URL is a video elsewhere, which may have more
+        raise _too_large(max_bytes, what, param)
+    return data
+
+
+def _holds_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+def _count_bytes(url: str, data: bytes) -> None:
+    """What was fetched has been counted once, however often it is named."""
+    if _holds_data(url):
+        metrics.MEDIA_BYTES.labels("data").inc(len(data))
 
 
 def _decode_data_url(url: str, max_bytes: int, what: str, param: str) -> bytes:
     """RFC 2397 with ``;base64`` required and decoded strictly; the declared media type is ignored."""
-    if url[:5].lower() != "data:":
-        _count("blocked")
-        raise InvalidRequest("this media URL is not allowed", code="media_url_blocked", param=param)
     header = _DATA_URL.match(url[:_MAX_MEDIA_TYPE_CHARS])
     if header is None or not header["media_type"].lower().endswith(";base64"):
         raise _invalid("base64", "a data: URL must carry ;base64 and a comma", param)
@@ -127,6 +157,11 @@ def _read_size(data: bytes, limits: MediaLimits, param: str, exif_orientation: b
     if width * height > limits.max_pixels:
         raise _too_many_pixels(limits, param)
     return width, height
+
+
+def blocked_url(param: str) -> InvalidRequest:
+    """One message for all causes: it tells nobody what is there."""
+    return _invalid("blocked", "this media URL is not allowed", param, code="media_url_blocked")
 
 
 def _too_large(max_bytes: int, what: str, param: str) -> RequestTooLarge:

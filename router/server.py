@@ -32,6 +32,7 @@ from router.api.openapi import describe
 from router.api.origins import Origins
 from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from router.discovery import Discovery
+from router.fetch.fetcher import MediaFetcher
 from router.fleet import Fleet
 from router.settings import RouterSettings
 
@@ -45,8 +46,10 @@ _DRAIN_POLL_SECONDS: Final = 0.05
 class RouterServer:
     """The ASGI application. ``running`` brings it to life; until then it answers that it is not ready."""
 
-    def __init__(self, settings: RouterSettings) -> None:
+    def __init__(self, settings: RouterSettings, fetcher: MediaFetcher | None = None) -> None:
+        """``fetcher`` takes the place of the one that the settings ask for."""
         self.settings = settings
+        self._fetcher = fetcher or MediaFetcher.of(settings)
         self.fleet = Fleet(
             leave_timeout=settings.request_timeout,
             hedge_quantile=settings.hedge_quantile,
@@ -129,7 +132,8 @@ class RouterServer:
         return share(places, self.settings.workers)
 
     def _make_routes(self) -> list[Route]:
-        parts = (self.fleet, self.models, self.admission, self.settings, self.named_media, self._cut_off)
+        media = (self.named_media, self._cut_off, self._fetcher)
+        parts = (self.fleet, self.models, self.admission, self.settings, *media)
         return [
             Route("/v1/chat/completions", ChatEndpoint(*parts), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(*parts), methods=["POST"]),

@@ -13,6 +13,7 @@ from common.service.settings import Field, SecretStr
 from protos.frame import MAX_TILES
 from router.api.origins import is_origin
 from router.discovery import parse_entry
+from router.fetch.policy import parse_domain
 
 MIB = 2**20
 
@@ -94,6 +95,14 @@ class RouterSettings(ServerSettings):
         ge=0,
         description="bytes of media that clients gave a uuid to, kept so that later turns may leave them out; 0: none",
     )
+    allow_media_urls: bool = Field(False, description="fetch images and videos from public https: URLs")
+    allowed_media_domains: list[str] = Field(
+        [],
+        description="fetch them, but only from these hosts, comma separated: HOST or HOST:PORT, and no others where a"
+        " redirect leads",
+    )
+    media_fetch_timeout: Seconds = Field(5.0, description="seconds one fetch may take, redirects included")
+    max_media_fetches: Count = Field(32, description="fetches at a time")
     max_n: Count = Field(64, description="choices per request")
 
     max_body_bytes: Count = Field(128 * MIB, description="bytes of one request body")
@@ -166,6 +175,16 @@ class RouterSettings(ServerSettings):
         if status not in _OVERLOAD_STATUSES:
             raise ValueError(f"one of {', '.join(map(str, _OVERLOAD_STATUSES))} is allowed")
         return status
+
+    @field_validator("allowed_media_domains")
+    @classmethod
+    def _check_domains(cls, entries: list[str]) -> list[str]:
+        for entry in entries:
+            try:
+                parse_domain(entry)
+            except ValueError as error:
+                raise ConfigError(f"--allowed-media-domains {entry[:64]}: {error}") from None
+        return entries
 
     @model_validator(mode="after")
     def _check_tile_budget(self) -> "RouterSettings":

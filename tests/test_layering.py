@@ -21,6 +21,7 @@ MAY_IMPORT = {
 EXCEPTIONS = {("deploy/cli.py", "benchmarks")}
 ONLY_DEPLOY = {"ray"}
 BANNED_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+HTTP_CLIENTS = {"aiohttp", "http.client", "httpcore", "httpx", "requests", "urllib.request", "urllib3"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "send_pyobj", "recv_pyobj"}
 TORCH_FREE = (
     "router",
@@ -85,6 +86,17 @@ def test_modules_of_the_router_process_never_import_torch():
         if module.split(".")[0] in {"torch", "transformers"}
     ]
     assert not wrong
+
+
+def test_one_file_asks_strangers():
+    """RELIABILITY.md section 5.2: a second fetcher would have its own idea of what is allowed."""
+    clients = [
+        (str(path.relative_to(ROOT)), module)
+        for path in python_files("router", "common", "vision_server", "language_server")
+        for _, module in imported_modules(path)
+        if module.split(".")[0] in HTTP_CLIENTS or module in HTTP_CLIENTS
+    ]
+    assert clients == [("router/fetch/fetcher.py", "httpcore")]
 
 
 def test_nothing_unpickles_or_evaluates():

@@ -114,6 +114,10 @@ MEDIA_BYTES = Counter("dvd_media_bytes", "Compressed image bytes taken in.", ["s
 NAMED_MEDIA_BYTES = Gauge(
     "dvd_named_media_bytes", "Bytes of media kept because clients gave them a name.", registry=_router
 )
+MEDIA_FETCH_SECONDS = Histogram(
+    "dvd_media_fetch_seconds", "Name looked up to last byte.", ["scheme"], buckets=_STAGE, registry=_router
+)
+MEDIA_FETCHES_INFLIGHT = Gauge("dvd_media_fetches_inflight", "Fetches begun.", ["scheme"], registry=_router)
 MEDIA_REJECTED = Counter(
     "dvd_media_rejected", "Media refused before any server saw them.", ["reason"], registry=_router
 )

@@ -29,10 +29,12 @@ from router.api.media_parts import MediaCount
 from router.api.messages import ReadMessage, media_of, read_messages
 from router.api.models import ModelList
 from router.api.named_media import NamedMedia
+from router.api.remote import fetch_media
 from router.api.schemas import ChatCompletionRequest, parse_chat
 from router.api.text_schemas import CompletionRequest
 from router.api.translate import Origin, cache_scope, translate
 from router.api.video import probe_lengths
+from router.fetch.fetcher import MediaFetcher
 from router.fleet import Fleet
 from router.pipeline import Pipeline
 from router.record import Deadline
@@ -60,8 +62,10 @@ class BodyEndpoint(abc.ABC):
         settings: RouterSettings,
         named_media: NamedMedia,
         cut_off: asyncio.Event,
+        fetcher: MediaFetcher | None,
     ) -> None:
-        """``cut_off`` is set when a drain has waited long enough: whatever still runs is ended."""
+        """``cut_off`` is set when a drain has waited long enough: whatever still runs is ended. Without a ``fetcher``
+        media come in ``data:`` URLs only."""
         self._fleet = fleet
         self._models = models
         self._pipeline = Pipeline(fleet)
@@ -69,6 +73,7 @@ class BodyEndpoint(abc.ABC):
         self._settings = settings
         self._named_media = named_media
         self._cut_off = cut_off
+        self._fetcher = fetcher
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange.of(scope)
@@ -142,9 +147,11 @@ class BodyEndpoint(abc.ABC):
             tenant=exchange.tenant,
             deadline=self._deadline(exchange),
         )
+        fetched = await fetch_media(parsed, self._fetcher, self._settings, held, origin.deadline)
+        is_large = is_large or sum(map(len, fetched.values())) > LARGE_BODY_BYTES
         names = self._named_media.of(cache_scope(origin.tenant, parsed.cache_salt))
         messages: list[ReadMessage]
-        messages = await in_thread_if(is_large, read_messages, parsed, model, self._settings, names)
+        messages = await in_thread_if(is_large, read_messages, parsed, model, self._settings, names, fetched)
         held.grow(names.num_bytes_found)  # as if they had been sent again
         is_large = is_large or names.num_bytes_found > LARGE_BODY_BYTES
         await self._learn_lengths(messages, origin.deadline)

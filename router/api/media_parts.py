@@ -1,6 +1,6 @@
 """The media of a request as they come: parts become bytes that have a price in tiles and no place in the prompt yet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.model.geometry import Tiling, count_tiles
@@ -74,6 +74,7 @@ class MediaReader:
     settings: RouterSettings
     budgets: TileBudgets
     names: MediaNames
+    fetched: Mapping[str, bytes]
     num_pixels: int = 0
     limits: MediaLimits = field(init=False)
 
@@ -114,7 +115,7 @@ class MediaReader:
             return VideoPart([self._named_video(part, source, param)])
         url_param = param if isinstance(part.video_url, str) else f"{param}.url"
         wish = resolve_frames(source, self.request, self.settings, param)
-        data = load_video(source.url, self.limits, url_param)
+        data = load_video(source.url, self.limits, url_param, fetched=self.fetched)
         self.names.bind_video(part.uuid, data, source)
         return VideoPart([self._file(data, wish, url_param)])
 
@@ -154,7 +155,8 @@ class MediaReader:
         return media
 
     def _load(self, url: str, param: str) -> CompressedImage:
-        return load_image(url, self.limits, param, exif_orientation=self.settings.exif_orientation)
+        exif_orientation = self.settings.exif_orientation
+        return load_image(url, self.limits, param, exif_orientation=exif_orientation, fetched=self.fetched)
 
     def _price(self, image: CompressedImage, tiling: Tiling, param: str) -> Medium:
         self._count_pixels(image, param)
@@ -172,6 +174,16 @@ class MediaReader:
             metrics.MEDIA_REJECTED.labels("pixels").inc()
             message = f"all images together may have at most {self.settings.max_request_pixels} pixels"
             raise InvalidRequest(message, code="invalid_image", param=param)
+
+
+def check_num_items(request: ChatCompletionRequest, settings: RouterSettings) -> MediaCount:
+    """Raises InvalidRequest: ``too_many_media_items``."""
+    count = MediaCount.of(request)
+    if count.items > settings.max_media_items:
+        metrics.MEDIA_REJECTED.labels("items").inc()
+        message = f"at most {settings.max_media_items} images, videos and listed frames are allowed"
+        raise InvalidRequest(message, code="too_many_media_items", param="messages")
+    return count
 
 
 def _num_items(part: Part) -> int:

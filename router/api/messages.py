@@ -1,16 +1,16 @@
 """Messages as they come: roles, texts, and media read but not yet placed (API.md sections 2 and 3)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from common.service import metrics
 from common.service.errors import InvalidRequest
 from protos.status_pb2 import ModelInfo
-from router.api.media_parts import ImagePart, MediaCount, MediaReader, Medium, VideoPart
+from router.api.media_parts import ImagePart, MediaReader, Medium, VideoPart, check_num_items
 from router.api.named_media import MediaNames
 from router.api.schemas import ChatCompletionRequest, Message, Part
 from router.api.tiles import TileBudgets
+from router.media import NOTHING_FETCHED
 from router.settings import RouterSettings
 
 _ROLES: Final = {"developer": "system"}
@@ -28,23 +28,25 @@ class ReadMessage:
 
 
 def read_messages(
-    request: ChatCompletionRequest, model: ModelInfo, settings: RouterSettings, names: MediaNames
+    request: ChatCompletionRequest,
+    model: ModelInfo,
+    settings: RouterSettings,
+    names: MediaNames,
+    fetched: Mapping[str, bytes] = NOTHING_FETCHED,
 ) -> list[ReadMessage]:
     """All turns of a request. Decodes base64: runs in a thread when that is much.
 
     Args:
         names: of media, for the request's scope; whatever has a name in this request is bound to it.
+        fetched: what is behind its ``https:`` URLs.
 
     Raises:
         InvalidRequest: a part that is not supported, too many media, or one that cannot be used.
         RequestTooLarge: a medium with too many bytes.
     """
-    count = MediaCount.of(request)
-    if count.items > settings.max_media_items:
-        metrics.MEDIA_REJECTED.labels("items").inc()
-        message = f"at most {settings.max_media_items} images, videos and listed frames are allowed"
-        raise InvalidRequest(message, code="too_many_media_items", param="messages")
-    reader = MediaReader(request, model, settings, TileBudgets(request, model, settings, count.images), names)
+    count = check_num_items(request, settings)
+    budgets = TileBudgets(request, model, settings, count.images)
+    reader = MediaReader(request, model, settings, budgets, names, fetched)
     return [_read(message, f"messages[{index}]", reader) for index, message in enumerate(request.messages)]
 
 

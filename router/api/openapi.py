@@ -63,6 +63,7 @@ OPERATIONS: Final = (
     Operation("get", "/v1/models/{model_id}", "One of them."),
     Operation("get", "/live", "Whether this process runs.", (), is_open=True),
     Operation("get", "/health", "Whether requests can be served.", (), is_open=True, is_probe=True),
+    Operation("get", "/health/deep", "Whether one tiny image and one token come through both tiers."),
     Operation("get", "/metrics", "Prometheus metrics.", ("text/plain",)),
     Operation("get", "/version", "Versions of this build and of its wire format."),
     Operation("get", "/openapi.json", "This document."),

@@ -13,9 +13,11 @@ from PIL import Image
 
 from protos.status_pb2 import ModelInfo
 from router.__main__ import HttpServer, _listen, http_config
+from router.fetch.fetcher import MediaFetcher
 from router.server import RouterServer
 from router.settings import RouterSettings
 from tests.router.fakes import MODEL, FakeLanguage, FakeVision
+from tests.router.origins import Authority, Origin, serving_origin
 
 CHAT = "/v1/chat/completions"
 
@@ -63,6 +65,7 @@ async def running_system(
     wait: bool = True,
     start_workers: bool = True,
     model: ModelInfo = MODEL,
+    fetcher: MediaFetcher | None = None,
     **options: Any,
 ) -> AsyncIterator[System]:
     async with AsyncExitStack() as stack:
@@ -80,7 +83,7 @@ async def running_system(
         if not start_workers:
             for worker in [*languages, *visions]:
                 await worker.stop()
-        router = RouterServer(settings)
+        router = RouterServer(settings, fetcher)
         await stack.enter_async_context(router.running())
         url = await stack.enter_async_context(serving(router))
         system = System(router, url, languages, visions)
@@ -107,6 +110,17 @@ async def serving(router: RouterServer) -> AsyncIterator[str]:
 @pytest.fixture
 async def system() -> AsyncIterator[System]:
     async with running_system() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+async def origin(authority: Authority) -> AsyncIterator[Origin]:
+    async with serving_origin(authority) as running:
         yield running
 
 
