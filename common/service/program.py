@@ -130,9 +130,12 @@ async def run_worker(title: str, make: Callable[[], Worker]) -> int:
 def stop_signal() -> asyncio.Event:
     """Set by the first SIGTERM or SIGINT. The second one ends the process on the spot."""
     stopping = asyncio.Event()
+    num_signals = 0  # others may set the event as well
 
     def on_signal() -> None:
-        if stopping.is_set():
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals > 1:
             log.warning("second signal: ending without a drain")
             os._exit(EXIT_FAILURE)
         stopping.set()

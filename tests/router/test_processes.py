@@ -41,13 +41,15 @@ class Program:
     async def read(self, pattern: re.Pattern[str]) -> re.Match[str]:
         """The next line of the log that matches; where metrics are is kept."""
         assert self.process.stderr is not None
+        said = []
         async with asyncio.timeout(60):
             while line := (await self.process.stderr.readline()).decode():
-                if said := SAID.search(line):
-                    self.metrics[int(said[1])], self.pids[int(said[1])] = said[3], int(said[2])
+                said.append(line)
+                if start := SAID.search(line):
+                    self.metrics[int(start[1])], self.pids[int(start[1])] = start[3], int(start[2])
                 if found := pattern.search(line):
                     return found
-        raise AssertionError(f"the program never said {pattern.pattern}")
+        raise AssertionError(f"the program never said {pattern.pattern}: {''.join(said)}")
 
     async def counted(self, name: str) -> dict[int, float]:
         """A counter of each process."""
