@@ -24,7 +24,7 @@ class HttpProtocol(HttpToolsProtocol):
     max_raw_bytes: ClassVar[int]
     header_seconds: ClassVar[float]
 
-    _deadline: asyncio.TimerHandle | None = None  # while headers are awaited
+    _deadline: asyncio.TimerHandle | None = None  # while headers are awaited, or the end of a body nobody reads
     _num_raw_bytes = 0  # of the headers under way
     _has_begun = False  # something of the next message has come
     _has_headers = False  # ... all its headers
@@ -69,7 +69,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._has_headers = True
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._has_headers:  # a refused body may go on for a while, so that its sender reads why, and not for ever
+            self._await_headers()
+
     def on_message_complete(self) -> None:
+        self._stop_waiting()
         self._has_begun = self._has_headers = False
         self._num_raw_bytes = 0
         super().on_message_complete()
@@ -90,7 +96,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._deadline = None
         if self._is_answering():  # a client may begin its next request meanwhile
             self._await_headers()
-        elif self._has_begun:
+        elif self._has_begun and not self._has_headers:
             self._refuse(RequestReadTimeout("the headers took too long to arrive"))
         else:
             self.transport.close()

@@ -1,6 +1,7 @@
 """Connections that send no requests: answered in the usual shape, and no memory or time without bound."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from urllib.parse import urlsplit
@@ -88,6 +89,30 @@ async def test_a_slow_start_of_the_next_request_does_not_end_an_answer(hasty):
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"user: x" in answer
     assert rest
+
+
+async def test_a_refused_body_does_not_go_on_for_ever(hasty):
+    url = urlsplit(hasty.url)
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    writer.write(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+
+    async def drip() -> None:
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    dripping = asyncio.create_task(drip())
+    answer = b""
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(1000):
+                answer += piece
+    dripping.cancel()
+    await asyncio.gather(dripping, return_exceptions=True)
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 404")
+    assert answer.count(b"HTTP/1.1") == 1
 
 
 async def test_trailers_are_not_kept(system):
