@@ -15,7 +15,7 @@ HEAD = b"GET /live HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.fixture
 async def hasty() -> AsyncIterator[System]:
-    async with running_system(header_read_timeout=0.3) as running:
+    async with running_system(header_read_timeout=0.2) as running:
         yield running
 
 
@@ -83,7 +83,7 @@ async def test_a_slow_start_of_the_next_request_does_not_end_an_answer(hasty):
     post = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body)
     talking = asyncio.create_task(talk(hasty, post + HEAD))
     await hasty.language.at_token.wait_for(lambda gate: gate.num_entered > 0)
-    await asyncio.sleep(0.5)  # longer than headers may take
+    await asyncio.sleep(0.3)  # longer than headers may take
     hasty.language.at_token.is_open.set()
     answer, _, rest = (await talking).partition(b"HTTP/1.1 408")
     assert answer.startswith(b"HTTP/1.1 200")
@@ -129,5 +129,5 @@ async def test_connections_are_kept_between_requests(hasty):
     for _ in range(3):
         assert (await hasty.http.get("/live")).status_code == 200
         assert (await hasty.chat()).status_code == 200
-    await asyncio.sleep(0.5)  # idle for longer than headers may take
+    await asyncio.sleep(0.3)  # idle for longer than headers may take
     assert (await hasty.http.get("/live")).status_code == 200
