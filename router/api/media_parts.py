@@ -124,7 +124,7 @@ class MediaReader:
         named = self.names.image(part.uuid)
         if named is None:
             raise _missing("image", part, param)
-        tiling = self.budgets.of(named.source if source == ImageUrl() else source, param)
+        tiling = self.budgets.of(named.source if _says_nothing(source) else source, param)
         return self._price(named.image, tiling, param)
 
     def _named_video(self, part: Part, source: VideoUrl, param: str) -> Medium:
@@ -132,7 +132,7 @@ class MediaReader:
         named = self.names.video(part.uuid)
         if named is None:
             raise _missing("video", part, param)
-        said = named.source if source == VideoUrl() else source
+        said = named.source if _says_nothing(source) else source
         return self._file(named.data, resolve_frames(said, self.request, self.settings, param), param)
 
     def _file(self, data: bytes, wish: FrameWish, param: str) -> Medium:
@@ -199,6 +199,10 @@ def _check_only_frames(source: VideoUrl, param: str) -> None:
     for name in ("url", "num_frames", "fps"):
         if getattr(source, name) is not None:
             raise InvalidRequest(f"frames and {name} cannot both be given", param=f"{param}.{name}")
+
+
+def _says_nothing(source: ImageUrl | VideoUrl) -> bool:
+    return all(getattr(source, name) is None for name in source.__struct_fields__)
 
 
 def _missing(what: str, part: Part, param: str) -> InvalidRequest:

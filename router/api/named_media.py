@@ -70,10 +70,13 @@ class NamedMedia:
     def _bind(self, key: _Key, medium: NamedImage | NamedVideo) -> None:
         with self._lock:
             self._drop(key)
-            self._media[key] = medium
-            self._num_bytes += medium.num_bytes + ENTRY_BYTES
-            while self._num_bytes > self._max_bytes:
+            num_bytes = medium.num_bytes + ENTRY_BYTES
+            if num_bytes > self._max_bytes:  # all others would have to go, and it would not fit then
+                return
+            while self._num_bytes + num_bytes > self._max_bytes:
                 self._drop(next(iter(self._media)))
+            self._media[key] = medium
+            self._num_bytes += num_bytes
 
     def _unbind(self, key: _Key) -> None:
         with self._lock:

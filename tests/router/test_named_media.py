@@ -51,8 +51,11 @@ def test_a_name_bound_again_is_the_new_medium_and_frees_the_old():
 
 def test_what_does_not_fit_is_not_kept():
     media = NamedMedia(1000 + ENTRY_BYTES)
+    media.of("").bind_image("small", picture(1), ImageUrl())
     media.of("").bind_image("a", picture(1001), ImageUrl())
-    assert (data_of(media, "a"), media.num_bytes) == (None, 0)
+    assert (data_of(media, "a"), data_of(media, "small")) == (None, b"r")  # nor does it drive others out
+    media.of("").bind_image("small", picture(1001), ImageUrl())
+    assert (data_of(media, "small"), media.num_bytes) == (None, 0)  # the name is no longer the old one's
     none = NamedMedia(0)
     none.of("").bind_image("a", picture(1), ImageUrl())
     assert (data_of(none, "a"), none.num_bytes) == (None, 0)
@@ -107,6 +110,9 @@ async def test_an_image_is_cut_as_it_was_unless_the_part_says_more(system):
     omitted = await ask(system, {"type": "image_url", "uuid": "a"})
     other = await ask(system, {"type": "image_url", "image_url": {"max_dynamic_patch": 6}, "uuid": "a"})
     assert [tiles(request) for request in (sent, as_it_was, omitted, other)] == [[1], [1], [1], [3]]
+    nothing_said = {"messages": [user({"type": "image_url", "image_url": {}, "uuid": "a"})]}
+    assert (await system.http.post(CHAT, json=nothing_said, headers={"X-Dvd-Strict": "1"})).status_code == 200
+    assert tiles(system.language.requests[-1]) == [1]
     assert sent.images[0].mm_hash == as_it_was.images[0].mm_hash == omitted.images[0].mm_hash
 
 
