@@ -306,7 +306,7 @@ def _check_inert(name: str, raw: bytes, inert: tuple[Any, ...]) -> None:
 
 def _check_nesting(body: bytes) -> None:
     """Bound depth and number of containers before anything is built from them."""
-    if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
+    if _count_up_to(MAX_JSON_DEPTH + 1, b"[", body) + _count_up_to(MAX_JSON_DEPTH + 1, b"{", body) <= MAX_JSON_DEPTH:
         return
     depth = num_containers = 0
     for token in _JSON_TOKEN.finditer(body):
@@ -320,6 +320,15 @@ def _check_nesting(body: bytes) -> None:
                 raise InvalidRequest("the body has too many objects and arrays")
         elif first in b"]}":
             depth -= 1
+
+
+def _count_up_to(limit: int, byte: bytes, body: bytes) -> int:
+    """How often ``byte`` is in ``body``, or ``limit``. Base64 has no brackets, and a search for one takes a tenth of
+    the time of ``bytes.count``."""
+    num, at = 0, body.find(byte)
+    while at >= 0 and num < limit:
+        num, at = num + 1, body.find(byte, at + 1)
+    return num
 
 
 def _too_deep() -> InvalidRequest:
