@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from common.service.errors import Cancelled
 from protos.language_pb2 import Finished, Token, TokenLogprob
@@ -17,6 +17,9 @@ from router.admission import Slot
 from router.api import sse
 from router.api.exchange import Exchange
 from router.api.schemas import ChatCompletionRequest
+
+_CONTENT: Final = b'"content":'
+_NO_TEXT: Final = _CONTENT + b'""'
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +127,25 @@ class StreamAnswer:
         self._envelope = envelope(exchange, options.model, "chat.completion.chunk")
         self._num_open = options.num_choices
         self._has_begun = False
+        self._is_plain = not (options.logprobs or options.token_ids or options.continuous_usage)
+        self._around_text: dict[int, tuple[bytes, bytes]] = {}  # choice -> bytes of its events
 
     async def on_token(self, token: Token) -> None:
+        if self._is_plain and self._has_begun and not token.reasoning:
+            return await self._write(self._text_event(token), more_body=True)
         logprobs = [_logprob_entry(token)] if self._options.logprobs else None
         delta = _delta(token.reasoning, token.text)
         chunk = self._chunk(token.choice, delta, logprobs=logprobs, token_ids=[token.token_id])
         await self._send([*await self._begin(), chunk])
+
+    def _text_event(self, token: Token) -> bytes:
+        """What ``_chunk`` would be as an event: of such tokens only the text differs."""
+        around = self._around_text.get(token.choice)
+        if around is None:
+            event = sse.data(self._chunk(token.choice, _delta("", "")))
+            before, _, after = event.partition(_NO_TEXT)  # no other quotes are without a backslash inside a string
+            around = self._around_text[token.choice] = before + _CONTENT, after
+        return around[0] + sse.encode(token.text) + around[1]
 
     async def on_finished(self, finished: Finished) -> None:
         self._num_open -= 1

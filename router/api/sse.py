@@ -14,12 +14,12 @@ HEADERS: Final = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
-_encode = msgspec.json.Encoder().encode
+encode: Final = msgspec.json.Encoder().encode
 
 
 def data(content: Any) -> bytes:
     """An ordinary event."""
-    return b"data: " + _encode(content) + b"\n\n"
+    return b"data: " + encode(content) + b"\n\n"
 
 
 def error(content: Any) -> bytes:

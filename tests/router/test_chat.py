@@ -96,6 +96,24 @@ async def test_a_token_without_text_is_still_an_event(system):
     assert deltas == [{"content": "a"}, {"content": ""}, {"content": "b"}]
 
 
+async def test_text_is_the_same_whatever_goes_along():
+    """A chunk with nothing but text is put together from bytes; with token ids, it is a whole object."""
+    words = ['"content":""', "\\", "\n\n", "é", "", "data: [DONE]"]
+    asked = {"n": 2, "stream": True, "stream_options": {"include_usage": True}}
+    async with running_system(served_model_name=['"content":""']) as system:
+        system.language.words = words
+        plain = events((await system.chat(**asked)).text)
+        whole = events((await system.chat(**asked, return_token_ids=True)).text)
+    said = [
+        choice["delta"].get("content") for chunk in plain[2:-1] for choice in chunk["choices"] if not choice["index"]
+    ]
+    assert said == [*words, None]
+    for ours, other in zip(plain[:-1], whole[:-1], strict=True):
+        for choice in other["choices"]:
+            choice.pop("token_ids", None)
+        assert {**ours, "id": 0, "created": 0} == {**other, "id": 0, "created": 0}
+
+
 async def test_an_answer_without_tokens_still_streams(system):
     system.language.words = []
     chunks = events((await system.chat(stream=True)).text)
