@@ -149,10 +149,11 @@ class _Run:
                 metrics.REPLAYS.labels("ok").inc()
             kind = event.WhichOneof("event")
             if kind == "token":
+                token = event.token
                 self._turn.is_over()
-                self._record.token(event.token)
-                self._progress.token(event.token)
-                await self._answer.on_token(event.token)
+                self._record.token(token)
+                self._progress.token(token)
+                await self._answer.on_token(token)
             elif kind == "finished":
                 await self._finish(event.finished, encoding)
             else:

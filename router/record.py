@@ -7,7 +7,10 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, Literal
+
+from prometheus_client import Histogram
 
 from common.service import metrics
 from common.service.errors import DeadlineExceeded
@@ -93,7 +96,7 @@ class RequestRecord:
             metrics.TIME_TO_FIRST_TOKEN_SECONDS.labels(self.kind).observe(now - self.received_at)
         if token.choice in self.last_token_at:
             gap = now - self.last_token_at[token.choice]
-            metrics.INTER_TOKEN_LATENCY_SECONDS.labels(self.kind).observe(gap)
+            _gaps(self.kind).observe(gap)
         self.first_token_at.setdefault(token.choice, now)
         self.last_token_at[token.choice] = now
         self.num_tokens += 1
@@ -224,6 +227,12 @@ class RequestRecord:
             if finished.usage.completion_tokens > 1:
                 seconds = finished.timings.decode_ms / 1e3 / (finished.usage.completion_tokens - 1)
                 metrics.TIME_PER_OUTPUT_TOKEN_SECONDS.labels(self.kind).observe(seconds)
+
+
+@cache
+def _gaps(kind: RequestClass) -> Histogram:
+    """Looked up once: it is wanted for every token."""
+    return metrics.INTER_TOKEN_LATENCY_SECONDS.labels(kind)
 
 
 def _milliseconds(seconds: float) -> float:

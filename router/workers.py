@@ -438,8 +438,12 @@ class _Events:
         return self
 
     async def __anext__(self) -> GenerateEvent:
-        with self._worker.translated(self._opened):
+        try:
             event = await self._call.read()
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            # Once a call, while a context of its own for each token would cost more than what is done with it.
+            with self._worker.translated(self._opened):
+                raise error
         if event is grpc.aio.EOF:
             raise StopAsyncIteration
         _check_not_late(self._opened)
