@@ -230,6 +230,7 @@ class Fleet:
 
     def observe_encode(self, vision: VisionWorker, num_tiles: int, seconds: float, reply: EncodeReply) -> None:
         """An image was encoded in ``seconds``: what is usual in this tier, and whether this server still is."""
+        metrics.ENCODE_REPLIES.labels("cache" if reply.cache_hit else "model").inc()
         if reply.cache_hit:
             return
         self.encode_times.observe(num_tiles, seconds)

@@ -14,7 +14,7 @@ from prometheus_client import Histogram
 
 from common.service import metrics
 from common.service.errors import DeadlineExceeded
-from protos.language_pb2 import Admitted, Finished, Token, Usage
+from protos.language_pb2 import Admitted, Finished, LanguageTimings, Token, Usage
 from protos.vision_pb2 import EncodeReply
 from router.admission import RequestClass
 
@@ -60,6 +60,8 @@ class RequestRecord:
     num_tiles: int = 0  # thumbnails and frames included
     media_seconds: float | None = None
     score_seconds: float | None = None
+    num_choices: int = 1  # asked for
+    max_tokens: int = 0  # asked for, of each choice; 0: as many as there is room for
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     encode_attempts: int = 0
@@ -222,8 +224,12 @@ class RequestRecord:
         metrics.REQUEST_GENERATION_TOKENS.observe(usage["completion_tokens"])
         metrics.REQUEST_IMAGES.observe(self.num_images)
         metrics.REQUEST_TILES.observe(self.num_tiles)
+        metrics.REQUEST_PARAMS_N.observe(self.num_choices)
+        if self.max_tokens:
+            metrics.REQUEST_PARAMS_MAX_TOKENS.observe(self.max_tokens)
         metrics.REQUEST_DURATION_SECONDS.labels(self.kind).observe(self.age())
         for finished in self.finished.values():
+            _count_stages(finished.timings)
             if finished.usage.completion_tokens > 1:
                 seconds = finished.timings.decode_ms / 1e3 / (finished.usage.completion_tokens - 1)
                 metrics.TIME_PER_OUTPUT_TOKEN_SECONDS.labels(self.kind).observe(seconds)
@@ -233,6 +239,12 @@ class RequestRecord:
 def _gaps(kind: RequestClass) -> Histogram:
     """Looked up once: it is wanted for every token."""
     return metrics.INTER_TOKEN_LATENCY_SECONDS.labels(kind)
+
+
+def _count_stages(timings: LanguageTimings) -> None:
+    stages = {"queue": timings.queue_ms, "prefill": timings.prefill_ms, "decode": timings.decode_ms}
+    for stage, milliseconds in (*stages.items(), ("inference", timings.prefill_ms + timings.decode_ms)):
+        metrics.REQUEST_STAGE_SECONDS.labels(stage).observe(milliseconds / 1e3)
 
 
 def _milliseconds(seconds: float) -> float:

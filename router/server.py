@@ -13,6 +13,7 @@ from importlib.metadata import version
 from math import inf
 from typing import Final
 
+from prometheus_client.registry import Collector
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
@@ -34,6 +35,7 @@ from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from router.discovery import Discovery
 from router.fetch.fetcher import MediaFetcher
 from router.fleet import Fleet
+from router.metrics_compat import VllmMetrics
 from router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
@@ -144,7 +146,7 @@ class RouterServer:
             Route("/live", system.Live(), methods=["GET"]),
             Route("/health", system.Health(lambda: self.is_ready), methods=["GET"]),
             Route("/health/deep", self._make_deep_health(), methods=["GET"]),
-            Route("/metrics", system.Metrics(), methods=["GET"]),
+            Route("/metrics", system.Metrics(*self._compatible_metrics()), methods=["GET"]),
             Route("/version", system.Version(), methods=["GET"]),
             *self._make_docs(),
         ]
@@ -170,6 +172,11 @@ class RouterServer:
             return None if self.is_ready else not_ready()
 
         return DeepHealth(self.fleet, self.admission, self.settings, refusal)
+
+    def _compatible_metrics(self) -> list[Collector]:
+        if self.settings.metrics_compat is None:
+            return []
+        return [VllmMetrics(self.admission, self.fleet, lambda: next(iter(self.models.names), ""))]
 
     def _check_headers(self, exchange: Exchange) -> None:
         raw = exchange.headers.raw

@@ -142,6 +142,9 @@ class RouterSettings(ServerSettings):
     )
 
     disable_docs: bool = Field(False, description="answer neither /openapi.json nor /docs")
+    metrics_compat: Literal["vllm"] | None = Field(
+        None, description="export what is known under the metric names of vLLM as well"
+    )
     enable_per_request_metrics: bool = Field(False, description="add stage times to every answer")
 
     @field_validator("vision", "language")

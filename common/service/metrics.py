@@ -108,6 +108,19 @@ REQUEST_PROMPT_TOKENS = Histogram("dvd_request_prompt_tokens", "Per request.", b
 REQUEST_GENERATION_TOKENS = Histogram(
     "dvd_request_generation_tokens", "Per request.", buckets=_TOKENS, registry=_router
 )
+REQUEST_PARAMS_N = Histogram(
+    "dvd_request_params_n", "Choices asked for, per request.", buckets=_COUNTS, registry=_router
+)
+REQUEST_PARAMS_MAX_TOKENS = Histogram(
+    "dvd_request_params_max_tokens", "Asked for, per request that says so.", buckets=_TOKENS, registry=_router
+)
+REQUEST_STAGE_SECONDS = Histogram(
+    "dvd_request_stage_seconds",
+    "Of a choice, on its language server: queue, prefill, decode, and inference, which is the last two.",
+    ["stage"],
+    buckets=_TTFT,
+    registry=_router,
+)
 REQUEST_IMAGES = Histogram("dvd_request_images", "Per request.", buckets=_COUNTS, registry=_router)
 REQUEST_TILES = Histogram("dvd_request_tiles", "Per request, thumbnails included.", buckets=_TILES, registry=_router)
 MEDIA_BYTES = Counter("dvd_media_bytes", "Compressed image bytes taken in.", ["scheme"], registry=_router)
@@ -127,6 +140,12 @@ DISPATCH_RETRIES = Counter(
 )
 RETRY_BUDGET_EXHAUSTED = Counter(
     "dvd_retry_budget_exhausted", "Calls not repeated, as too many were.", ["tier"], registry=_router
+)
+ENCODE_REPLIES = Counter(
+    "dvd_encode_replies",
+    "Encoded images and parts of images, by where features were: cache, model.",
+    ["source"],
+    registry=_router,
 )
 HEDGES = Counter("dvd_hedges", "Second attempts of slow encodes.", ["outcome"], registry=_router)
 LATE_RESULTS = Counter("dvd_late_results", "Results nobody waited for any more.", ["reason"], registry=_router)
@@ -287,9 +306,12 @@ def forget_server(tier: str, server: str) -> None:
         family.remove_by_labels({"tier": tier, "server": server})
 
 
-def exposition(tier: Tier) -> bytes:
-    """What ``GET /metrics`` answers, in Prometheus text format."""
-    return generate_latest(_labelled(tier))
+def exposition(tier: Tier, *others: Collector) -> bytes:
+    """What ``GET /metrics`` answers, in Prometheus text format; ``others`` are exported as they are, behind ours."""
+    registry = _labelled(tier)
+    for other in others:
+        registry.register(other)
+    return generate_latest(registry)
 
 
 def start_server(listen: str, tier: Tier, option: str = "--metrics-listen") -> str:

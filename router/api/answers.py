@@ -132,7 +132,7 @@ class StreamAnswer:
 
     async def on_token(self, token: Token) -> None:
         if self._is_plain and self._has_begun and not token.reasoning:
-            return await self._write(self._text_event(token), more_body=True)
+            return await write_stream(self._exchange, self._options, self._text_event(token), more_body=True)
         logprobs = [_logprob_entry(token)] if self._options.logprobs else None
         delta = _delta(token.reasoning, token.text)
         chunk = self._chunk(token.choice, delta, logprobs=logprobs, token_ids=[token.token_id])

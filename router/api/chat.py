@@ -215,6 +215,8 @@ class ChatEndpoint(BodyEndpoint):
         seconds_left = self._time_limit(exchange) - exchange.record.age()
         with self._admission.enter(exchange.record.kind, seconds_left) as slot:
             request = await self._translate(exchange, parsed, model, is_large, held)
+            sampling = request.generate.sampling
+            exchange.record.num_choices, exchange.record.max_tokens = sampling.n, sampling.max_tokens
             slot.weigh(request.num_prompt_tokens, exchange.record.num_tiles)
             answer = self._make_answer(exchange, parsed, slot, ignored_header(ignored))
             del parsed  # likewise: it still holds every image in base64

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib.metadata import version
 
+from prometheus_client.registry import Collector
 from starlette.types import Receive, Scope, Send
 
 from common.service import metrics
@@ -30,10 +31,15 @@ class Health:
 
 
 class Metrics:
-    """Prometheus text of this process."""
+    """Prometheus text of this process; ``others`` are exported beside what it measures."""
+
+    def __init__(self, *others: Collector) -> None:
+        self._others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await Exchange.of(scope).respond(200, metrics.exposition("router"), {"content-type": _METRICS_TYPE})
+        await Exchange.of(scope).respond(
+            200, metrics.exposition("router", *self._others), {"content-type": _METRICS_TYPE}
+        )
 
 
 class Version:
