@@ -199,15 +199,21 @@ class Generation:
         try:
             async with asyncio.timeout(min(self._remaining(), _COMPILE_SECONDS)):
                 return await compiling
+        except InvalidRequest:
+            metrics.LANGUAGE_GRAMMAR_FAILURES.inc()
+            raise
         except TimeoutError:
             self._remaining()
             if not has_begun.is_set():  # it is not at fault for those before it
                 raise Overloaded("other grammars are being compiled") from None
+            metrics.LANGUAGE_GRAMMAR_FAILURES.inc()
             message = "the grammar takes too long to compile"
             raise InvalidRequest(message, param=self._request.sampling.grammar.param) from None
 
     def _enter_grammar(self, continuations: Continuations) -> dict[int, GrammarState]:
+        started = time.monotonic()
         beginning = self._backend.grammars.compile(self._request.sampling.grammar)
+        metrics.LANGUAGE_GRAMMAR_COMPILE_SECONDS.observe(time.monotonic() - started)
         states = {choice: beginning.copy() for choice in continuations}
         for choice, token_ids in continuations.items():
             states[choice].replay(token_ids)

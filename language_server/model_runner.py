@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from common.model.graphs import Capture
+from common.service import metrics
 from common.service.errors import InternalError
 from language_server.attention.base import AttentionBackend, BatchLayout, KVCache
 from language_server.attention.paged import ForwardContext
@@ -163,4 +164,5 @@ class ModelRunner:
         """The one place where embedding rows and placeholder tokens meet: there are as many of one as of the other."""
         expected = (num_placeholders, self._backbone.hidden_size)
         if tuple(rows.shape) != expected or not rows.is_floating_point():
+            metrics.LANGUAGE_PLACEHOLDER_MISMATCH.inc()
             raise InternalError(f"image features are {list(rows.shape)} {rows.dtype}, expected {list(expected)}")

@@ -343,7 +343,10 @@ class ComputeThread:
             self._retry_apart([group for group, _ in batch.parts], error)
 
     def _retry_apart(self, groups: Sequence[TileGroup], error: Exception) -> None:
-        pieces = list(_single_tiles(groups)) if _is_out_of_memory(error) else groups
+        is_out_of_memory = _is_out_of_memory(error)
+        if is_out_of_memory:
+            metrics.OUT_OF_MEMORY.labels("encode").inc()
+        pieces = list(_single_tiles(groups)) if is_out_of_memory else groups
         if len(pieces) == 1:
             self._fail(pieces[0], error)
             return

@@ -71,6 +71,12 @@ BUILD_INFO = Gauge("dvd_build_info", "Version of this build.", ["version", "wire
 MODEL_INFO = Gauge("dvd_model_info", "Fingerprint of the checkpoint.", ["fingerprint"], registry=_everywhere)
 STATE = Gauge("dvd_state", "1 for the state the server is in.", ["state"], registry=_everywhere)
 LOAD_SECONDS = Gauge("dvd_load_seconds", "Time from start to ready, by phase.", ["phase"], registry=_everywhere)
+EVENT_LOOP_LAG_SECONDS = Histogram(
+    "dvd_event_loop_lag_seconds", "How late timers come.", buckets=_STAGE, registry=_everywhere
+)
+OUT_OF_MEMORY = Counter(
+    "dvd_oom", "Work that device memory did not suffice for at first, by stage.", ["stage"], registry=_everywhere
+)
 CANCELLED = Counter("dvd_cancelled", "Work dropped because its caller left, by stage.", ["stage"], registry=_everywhere)
 AUTH_FAILURES = Counter("dvd_auth_failures", "Requests without a valid key.", ["channel"], registry=_everywhere)
 FAILPOINT_HITS = Counter("dvd_failpoint_hits", "Faults made on command (test builds).", ["name"], registry=_everywhere)
@@ -133,6 +139,9 @@ MEDIA_FETCH_SECONDS = Histogram(
 MEDIA_FETCHES_INFLIGHT = Gauge("dvd_media_fetches_inflight", "Fetches begun.", ["scheme"], registry=_router)
 MEDIA_REJECTED = Counter(
     "dvd_media_rejected", "Media refused before any server saw them.", ["reason"], registry=_router
+)
+SLOW_READERS_DROPPED = Counter(
+    "dvd_slow_readers_dropped", "Clients that left their answer unread for too long.", registry=_router
 )
 DISPATCH = Counter("dvd_dispatch", "Calls to servers.", ["tier", "server", "outcome"], registry=_router)
 DISPATCH_RETRIES = Counter(
@@ -265,6 +274,12 @@ LANGUAGE_FEATURES_REUSED = Counter(
 )
 LANGUAGE_PLACEHOLDER_MISMATCH = Counter(
     "dvd_language_placeholder_mismatch", "Requests whose features and placeholders differ.", registry=_language
+)
+LANGUAGE_GRAMMAR_FAILURES = Counter(
+    "dvd_language_grammar_failures", "Grammars refused: malformed, too complex or too slow.", registry=_language
+)
+LANGUAGE_GRAMMAR_COMPILE_SECONDS = Histogram(
+    "dvd_language_grammar_compile_seconds", "Of those that were not refused.", buckets=_STAGE, registry=_language
 )
 LANGUAGE_STEP_TOKENS = Histogram("dvd_language_step_tokens", "Tokens per step.", buckets=_TOKENS, registry=_language)
 LANGUAGE_STEP_REQUESTS = Histogram(

@@ -20,6 +20,7 @@ from common.service import failpoints
 from common.service import log as logs
 from common.service.errors import Cancelled, StartupError
 from common.service.heap import freeze_heap, keep_freed_memory
+from common.service.loop_lag import measured_lag
 from common.service.settings import Field, Settings
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def run_loop(
 ) -> int:
     """Run to the end on an event loop of its own."""
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        return runner.run(running)
+        return runner.run(_measured(running))
 
 
 def start_program(
@@ -107,6 +108,11 @@ def start_program(
     except StartupError as error:
         print(f"{title} cannot start: {error.message}", file=sys.stderr)
         return EXIT_STARTUP
+
+
+async def _measured(program: Coroutine[Any, Any, int]) -> int:
+    async with measured_lag():
+        return await program
 
 
 async def run_worker(title: str, make: Callable[[], Worker]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from common.service import metrics
 from common.service.errors import Cancelled
 from protos.language_pb2 import Finished, Token, TokenLogprob
 from router.admission import Slot
@@ -223,6 +224,7 @@ async def write_stream(exchange: Exchange, options: AnswerOptions, data: bytes, 
         async with asyncio.timeout(options.slow_reader_timeout):
             await exchange.send({"type": "http.response.body", "body": data, "more_body": more_body})
     except TimeoutError:
+        metrics.SLOW_READERS_DROPPED.inc()
         raise Cancelled("the client does not read") from None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from common.service import rpc
+from common.service import metrics, rpc
 from common.service.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, from_grpc
 from language_server import generation
 from language_server.__main__ import main, run
@@ -222,6 +222,17 @@ async def test_what_cannot_be_served_is_refused(system, change, param):
     assert error.param == param
 
 
+async def test_a_grammar_that_cannot_be_compiled_is_counted(system):
+    before = num_refused_grammars()
+    await failure(system.generate(make_request("describe", grammar=Grammar(regex="(", param="here"))))
+    assert num_refused_grammars() == before + 1
+
+
+def num_refused_grammars() -> float:
+    (family,) = metrics.LANGUAGE_GRAMMAR_FAILURES.collect()
+    return family.samples[0].value
+
+
 # --- grammars
 
 POINT = {
@@ -238,6 +249,11 @@ KINDS = {
 DRAWN = {"temperature": 2.0, "seed": 11, "max_tokens": 300}
 
 
+def num_compiled_grammars() -> float:
+    (family,) = metrics.LANGUAGE_GRAMMAR_COMPILE_SECONDS.collect()
+    return next(sample.value for sample in family.samples if sample.name.endswith("_count"))
+
+
 def obeys(kind, text):
     if kind == "regex":
         return re.fullmatch(r"[a-f]{4}-[0-9]{2}", text) is not None
@@ -251,11 +267,13 @@ def obeys(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 async def test_grammars_are_kept_and_text_beside_them_is_unchanged(system, checkpoint, kind, sampling):
     messages = [message("user", "describe the image")]
+    compiled_before = num_compiled_grammars()
     replies = await asyncio.gather(
         system.generate(make_request("describe", grammar=KINDS[kind], **sampling)),
         system.generate(make_request(messages)),
         system.generate(make_request("what number?", grammar=KINDS[kind], **sampling)),
     )
+    assert num_compiled_grammars() == compiled_before + 2
     for reply in (replies[0], replies[2]):
         assert obeys(kind, reply.text()), reply.text()
         assert reply.finished[0].finish_reason == "stop"

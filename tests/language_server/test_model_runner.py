@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from common.service import metrics
 from common.service.errors import InternalError
 from language_server.attention import choose_backend
 from language_server.attention.base import KVCache
@@ -117,5 +118,12 @@ def test_only_chunks_that_end_the_known_tokens_yield_logits():
 def test_rows_that_do_not_fit_the_placeholders_are_refused(rows):
     bench = Bench([rows])
     sequence = bench.sequence([40, *[PLACEHOLDER] * 4, 41], [ImageSpan(0, 1, 4, b"a")])
+    num_before = num_mismatches()
     with pytest.raises(InternalError, match="image features are"):
         bench.runner.prepare(ScheduledChunk(sequence, 0, 6))
+    assert num_mismatches() == num_before + 1
+
+
+def num_mismatches() -> float:
+    (family,) = metrics.LANGUAGE_PLACEHOLDER_MISMATCH.collect()
+    return family.samples[0].value

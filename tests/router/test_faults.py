@@ -6,10 +6,16 @@ import json
 import httpx
 import pytest
 
+from common.service import metrics
 from common.service.errors import InternalError, Overloaded, Unavailable
 from protos.status_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_READY, WORKER_STATE_STARTING
 from tests.router.conftest import CHAT, error_of, png, running_system, user
 from tests.router.fakes import digest
+
+
+def num_dropped() -> float:
+    (family,) = metrics.SLOW_READERS_DROPPED.collect()
+    return family.samples[0].value
 
 
 async def leave(system, **body) -> None:
@@ -90,6 +96,7 @@ async def test_client_leaves_while_sending_its_body(system):
 async def test_a_client_that_does_not_read_is_dropped():
     """The router buffers little for it, waits a while, and then frees everything."""
     async with running_system(slow_reader_timeout=0.3) as system:
+        dropped_before = num_dropped()
         system.language.words = ["x" * 100_000] * 1000
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(system.url).port, limit=1000)
         body = json.dumps({"messages": [user("x")], "stream": True}).encode()
@@ -99,6 +106,7 @@ async def test_a_client_that_does_not_read_is_dropped():
         await system.language.at_token.wait_for(lambda gate: gate.num_entered > 0)
         await system.until_idle()
         assert system.language.at_token.num_passed < 1000
+        assert num_dropped() == dropped_before + 1
         writer.transport.abort()
         assert reader.exception() is None
 

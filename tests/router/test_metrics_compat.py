@@ -40,6 +40,11 @@ async def samples(system: System, prefix: str) -> Samples:
     return found
 
 
+def all_have_reported(system: System) -> bool:
+    statuses = [worker.status for worker in system.router.fleet.language]
+    return all(status is not None and status.language.total_kv_blocks for status in statuses)
+
+
 def growth(before: Samples, after: Samples, name: str, label: str = "") -> float:
     return after[name, label] - before.get((name, label), 0.0)
 
@@ -57,7 +62,7 @@ def test_other_names_are_not_known():
 async def test_the_minimum_is_there_before_the_first_request():
     async with running_system(metrics_compat="vllm") as system:
         system.language.change(load=LanguageLoad(free_kv_blocks=30, total_kv_blocks=40))
-        await system.until(lambda: system.router.fleet.language[0].status.language.total_kv_blocks == 40)
+        await system.until(lambda: all_have_reported(system))
         found = await families(system)
         assert {name: found[name].type for name in MINIMUM} == MINIMUM
         for family in (family for name, family in found.items() if name.startswith("vllm:")):
@@ -125,6 +130,6 @@ async def test_a_full_language_server_has_its_own_engine():
     async with running_system(metrics_compat="vllm", num_language=2) as system:
         for server, free in zip(system.languages, (10, 0), strict=True):
             server.change(load=LanguageLoad(free_kv_blocks=free, total_kv_blocks=10))
-        await system.until(lambda: all(w.status.language.total_kv_blocks for w in system.router.fleet.language))
+        await system.until(lambda: all_have_reported(system))
         usage = (await families(system))["vllm:kv_cache_usage_perc"].samples
         assert {sample.labels["engine"]: sample.value for sample in usage} == {"0": 0, "1": 1}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.service import metrics
 from common.service.errors import InternalError, Overloaded, Unavailable
 from vision_server.batcher import Batcher
 from vision_server.compute import ComputeThread
@@ -124,13 +125,20 @@ async def test_one_poisonous_image_does_not_harm_its_neighbours(compute, encoder
     assert values(await encode(compute, 4)) == [4]
 
 
+def num_out_of_memory() -> float:
+    (family,) = metrics.OUT_OF_MEMORY.collect()
+    return sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+
+
 async def test_out_of_memory_is_tried_again_tile_by_tile(compute, encoder):
     def only_one_fits(numbers: np.ndarray) -> None:
         if len(numbers) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     encoder.fail = only_one_fits
+    num_before = num_out_of_memory()
     assert values(await encode(compute, 5, 6, 7)) == [5, 6, 7]
+    assert num_out_of_memory() == num_before + 1
     assert [len(batch) for batch in encoder.batches] == [3, 1, 1, 1]
     assert encoder.num_releases == 1
 

@@ -39,7 +39,7 @@ def test_names_follow_the_rules():
         for name, family in families(metrics.exposition(tier).decode()).items():
             assert name.startswith(("dvd_", "process_", "python_"))
             if family.type == "histogram" and "seconds" not in name:
-                assert name.endswith(("_tokens", "_images", "_tiles", "_items", "_requests"))
+                assert name.endswith(("_tokens", "_images", "_tiles", "_items", "_requests", "_n"))
 
 
 def test_the_endpoint_of_a_worker_serves_them():
