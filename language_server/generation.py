@@ -13,9 +13,9 @@ from collections.abc import Sequence as Items
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from common.service import metrics
+from common.service import metrics, tracing
 from common.service.errors import Cancelled, DeadlineExceeded, DvdError, InvalidRequest, Overloaded
 from language_server.choice import Choice
 from language_server.detokenizer import IncrementalDetokenizer
@@ -51,6 +51,9 @@ from protos.language_pb2 import (
     Usage,
 )
 from protos.status_pb2 import Endpoint, FeatureDtype
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 _INLINE_CHARS: Final = 4096
 """Longer texts are tokenised in another thread, so that they do not hold up everybody's tokens."""
@@ -88,12 +91,15 @@ class Backend:
 
 
 class Generation:
-    """See ``events``. ``deadline`` is in monotonic seconds. Also a ``SequenceSink``."""
+    """See ``events``. ``deadline`` is in monotonic seconds, spans belong to ``trace``. Also a ``SequenceSink``."""
 
-    def __init__(self, backend: Backend, request: GenerateRequest, deadline: float) -> None:
+    def __init__(
+        self, backend: Backend, request: GenerateRequest, deadline: float, trace: "Context | None" = None
+    ) -> None:
         self._backend = backend
         self._request = request
         self._deadline = deadline
+        self._trace = trace
         self._arrived = time.monotonic()
         self._admitted = self._arrived
         self._features_complete: float | None = None
@@ -483,6 +489,21 @@ class Generation:
             metrics.LANGUAGE_DECODE_SECONDS.observe(timings.decode_ms / 1000)
         if self._choices:
             self._size.count()
+        if self._trace is not None:
+            self._make_spans(self._trace)
+
+    def _make_spans(self, parent: "Context") -> None:
+        if self._admitted > self._arrived:
+            images: dict[str, tracing.Attribute] = {"dvd__images": len(self._request.images)}
+            tracing.span("language.admit", self._arrived, self._admitted, parent, **images)
+            # As this end sees it: until all of them are here.
+            tracing.span("feature.transfer", self._admitted, self._features_complete, parent, **images)
+        for choice in self._choices.values():
+            of: dict[str, tracing.Attribute] = {"dvd__choice": choice.index}
+            cached = choice.sequence.num_cached_tokens
+            tracing.span("language.queue", self._arrived + self._held_seconds, choice.started, parent, **of)
+            tracing.span("prefill", choice.started, choice.first_token, parent, **of, dvd__cached_tokens=cached)
+            tracing.span("decode", choice.first_token, choice.last_token, parent, **of, dvd__tokens=choice.num_tokens)
 
 
 def _milliseconds(start: float | None, end: float | None) -> float:

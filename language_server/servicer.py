@@ -7,7 +7,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc.aio
 
-from common.service import failpoints, rpc
+from common.service import failpoints, rpc, tracing
 from common.service.errors import Overloaded, Unavailable
 from common.service.status import StatusBoard
 from language_server.generation import Backend, Generation
@@ -53,7 +53,8 @@ class LanguageServicer(language_pb2_grpc.LanguageServicer):
             raise Overloaded("too many requests are waiting")
         remaining = rpc.remaining_seconds(context)
         timeout = self._request_timeout if remaining is None else min(remaining, self._request_timeout)
-        generation = Generation(backend, request, time.monotonic() + timeout)
+        trace = tracing.parent_of(context.invocation_metadata())
+        generation = Generation(backend, request, time.monotonic() + timeout, trace)
         self._open.add(generation)
         self._idle.clear()
         # A generator that is suspended when its caller leaves runs no further: the call itself must tell us.

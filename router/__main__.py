@@ -26,6 +26,7 @@ from router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
 
+_TITLE: Final = "router"
 _CLOSE_GRACE_SECONDS: Final = 2
 
 
@@ -33,17 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a router until SIGTERM or SIGINT; returns the exit status."""
     # Pillow only warns of very large images; media.py wants to hear it.
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    return start_program("router", RouterSettings, argv, _run_processes)
+    return start_program(_TITLE, RouterSettings, argv, _run_processes)
 
 
 def _run_processes(settings: RouterSettings) -> int:
     """In this process, or in several that share a listening socket."""
     if settings.workers == 1:
-        return run_loop(run(settings), uvloop.new_event_loop)
+        return run_loop(_TITLE, settings, lambda: run(settings), uvloop.new_event_loop)
     listener = _listen(settings)
 
     def serve(place: Place) -> int:
-        return run_loop(run(settings, listener, place), uvloop.new_event_loop)
+        return run_loop(_TITLE, settings, lambda: run(settings, listener, place), uvloop.new_event_loop)
 
     return Processes(settings.workers, serve, lambda line: _announce(settings, listener, line)).run()
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
-from common.service import metrics
+from common.service import metrics, tracing
 from common.service.errors import DeadlineExceeded, DvdError, InternalError, Overloaded, Unavailable
 from protos.language_pb2 import Admitted, Finished, GenerateEvent, Token
 from router.affinity import content_key
@@ -129,6 +129,7 @@ class _Run:
                     raise Unavailable("a language server cannot go on with a reply")
             self._is_admitted = True
             self._record.admitted(admitted)
+            tracing.describe_request(server__address=language.name, dvd__attempt=self._record.num_replays)
             try:
                 async with asyncio.TaskGroup() as group:
                     encoding = None

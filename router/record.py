@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from prometheus_client import Histogram
 
-from common.service import metrics
+from common.service import metrics, tracing
 from common.service.errors import DeadlineExceeded
 from protos.language_pb2 import Admitted, Finished, LanguageTimings, Token, Usage
 from protos.vision_pb2 import EncodeReply
@@ -157,10 +157,17 @@ class RequestRecord:
             metrics.REQUEST_ERRORS.labels(code, self.stage).inc()
         else:
             self._count_success()
+        usage = self.usage()
+        tracing.end_request(
+            code,
+            gen_ai__operation__name="chat",
+            gen_ai__provider__name="dvd",
+            gen_ai__usage__input_tokens=usage["prompt_tokens"],
+            gen_ai__usage__output_tokens=usage["completion_tokens"],
+        )
         stages = {key: value for key, value in self._stages().items() if value is not None}
         if self.num_replays:
             stages["replays"] = self.num_replays
-        usage = self.usage()
         log.info(
             "request id=%s status=%d code=%s stage=%s prompt_tokens=%d completion_tokens=%d %s",
             *(self.request_id, status, code or "-", self.stage, usage["prompt_tokens"], usage["completion_tokens"]),

@@ -9,13 +9,13 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc.aio
 import torch
 
 from common.model.config import InternVLConfig
-from common.service import failpoints, metrics
+from common.service import failpoints, metrics, tracing
 from common.service.errors import DeadlineExceeded, DvdError, InvalidRequest, Unavailable
 from common.service.rpc import remaining_seconds
 from common.service.status import StatusBoard
@@ -39,6 +39,9 @@ from vision_server.pipeline import ImagePipeline, Medium, Passage
 from vision_server.request import TORCH_DTYPE, RequestReader
 from vision_server.settings import VisionSettings
 from vision_server.vir import VirChoice
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -93,7 +96,7 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
 
     async def Encode(self, request: EncodeRequest, context: _Context) -> EncodeReply:
         async with self._admitted(context) as deadline:
-            return await self._encode(request, deadline)
+            return await self._encode(request, deadline, tracing.parent_of(context.invocation_metadata()))
 
     async def Score(self, request: ScoreRequest, context: _Context) -> ScoreReply:
         async with self._admitted(context):
@@ -129,7 +132,7 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
 
     # --- the way of one image
 
-    async def _encode(self, request: EncodeRequest, deadline: float) -> EncodeReply:
+    async def _encode(self, request: EncodeRequest, deadline: float, trace: "Context | None") -> EncodeReply:
         journey = _Journey()
         if failpoints.ARE_ON:
             await failpoints.reach("vision.encode.before", request.image)
@@ -141,7 +144,10 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
         journey.acknowledged = time.monotonic()
         if failpoints.ARE_ON:
             await failpoints.reach("vision.encode.after", request.image)
-        return _reply(delivered, passage, journey)
+        reply = _reply(delivered, passage, journey)
+        if trace is not None:
+            _trace(trace, request, reply, journey)
+        return reply
 
     @property
     def _kind(self) -> Kind:
@@ -226,6 +232,22 @@ def _reply(delivered: Delivered, passage: Passage, journey: _Journey) -> EncodeR
         cache_hit=passage.is_cached,
         timings=timings,
     )
+
+
+def _trace(parent: "Context", request: EncodeRequest, reply: EncodeReply, journey: _Journey) -> None:
+    """The stages of an image as spans. Features that were cached were not decoded or encoded now."""
+    item: dict[str, tracing.Attribute] = {
+        "dvd__item": request.image_index,
+        "dvd__attempt": request.attempt,
+        "dvd__tiles": reply.num_tiles,
+        "dvd__cache_hit": reply.cache_hit,
+    }
+    if not reply.cache_hit:
+        tracing.span("media.decode", journey.arrived, journey.queued, parent, **item)
+        tracing.span("vision.queue", journey.queued, journey.started, parent, **item)
+        tracing.span("vision.encode", journey.started, journey.ended, parent, **item)
+    way: dict[str, tracing.Attribute] = {"dvd__transport": reply.transport, "dvd__bytes": reply.feature_bytes}
+    tracing.span("feature.transfer", journey.send_started, journey.acknowledged, parent, **item, **way)
 
 
 def _replies(group: EncodedGroup) -> Iterator[ExtractReply]:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import grpc.aio
 
-from common.service import metrics
+from common.service import metrics, tracing
 from common.service.errors import Unavailable
 from protos import lease_pb2_grpc
 from protos.lease_pb2 import RenewReply, RenewRequest
@@ -138,7 +138,7 @@ class LeasedChannel:
         def call(request: Any, timeout: float | None = None) -> Any:
             if self._renewing is None:
                 self._renewing = asyncio.create_task(self._renew(), name="renew lease")
-            return method(request, timeout=timeout, metadata=metadata)
+            return method(request, timeout=timeout, metadata=(*metadata, *tracing.outgoing()))
 
         return call
 

@@ -77,6 +77,7 @@ EVENT_LOOP_LAG_SECONDS = Histogram(
 OUT_OF_MEMORY = Counter(
     "dvd_oom", "Work that device memory did not suffice for at first, by stage.", ["stage"], registry=_everywhere
 )
+SPANS_DROPPED = Counter("dvd_spans_dropped", "Spans that no collector took.", registry=_everywhere)
 CANCELLED = Counter("dvd_cancelled", "Work dropped because its caller left, by stage.", ["stage"], registry=_everywhere)
 AUTH_FAILURES = Counter("dvd_auth_failures", "Requests without a valid key.", ["channel"], registry=_everywhere)
 FAILPOINT_HITS = Counter("dvd_failpoint_hits", "Faults made on command (test builds).", ["name"], registry=_everywhere)

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from common.service import failpoints
+from common.service import failpoints, tracing
 from common.service import log as logs
 from common.service.errors import Cancelled, StartupError
 from common.service.heap import freeze_heap, keep_freed_memory
@@ -40,6 +40,11 @@ class ServerSettings(Settings):
     """Options that every server has."""
 
     announce: Path | None = Field(None, description="file to write name and addresses to, once ready")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+$",
+        description="send spans of requests to this collector, such as http://127.0.0.1:4317 (OTLP over gRPC)",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe records to print")
 
 
@@ -81,15 +86,21 @@ def run_program(
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
     """Read the options, run, and return the exit status. What stops a start is one line on stderr."""
-    return start_program(title, options, argv, lambda settings: run_loop(run(settings), loop_factory))
+    return start_program(
+        title, options, argv, lambda settings: run_loop(title, settings, lambda: run(settings), loop_factory)
+    )
 
 
 def run_loop(
-    running: Coroutine[Any, Any, int], loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    title: str,
+    settings: ServerSettings,
+    run: Callable[[], Coroutine[Any, Any, int]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
-    """Run to the end on an event loop of its own."""
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        return runner.run(_measured(running))
+    """Run to the end on an event loop of its own. Raises ConfigError: traces are asked for and cannot be sent."""
+    exporting = tracing.exported(settings.otlp_traces_endpoint, title)
+    with exporting, asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(_measured(run()))
 
 
 def start_program(

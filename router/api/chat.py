@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final
 
 from starlette.types import Receive, Scope, Send
 
+from common.service import tracing
 from common.service.errors import (
     Cancelled,
     InvalidRequest,
@@ -78,6 +79,7 @@ class BodyEndpoint(abc.ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange.of(scope)
         exchange.record.is_chat = self.generates
+        tracing.begin_request("router.request", exchange.headers, exchange.record.received_at)
         with self._admission.hold(0) as held:
             # Nobody but the work itself holds on to the body.
             work = self._answer(exchange, await self._read_body(exchange, receive, held), held)
@@ -159,6 +161,8 @@ class BodyEndpoint(abc.ABC):
         request = await in_thread_if(is_large, translate, parsed, messages, origin, model, self._settings)
         if request.images:
             exchange.record.media_seconds = time.monotonic() - started_at
+            num_bytes = sum(len(image.data) for image in request.images)
+            tracing.span("media.fetch", started_at, time.monotonic(), scheme="data", bytes=num_bytes)
             exchange.record.num_tiles = sum(image.num_tiles for image in request.images)
         return request
 
@@ -215,6 +219,7 @@ class ChatEndpoint(BodyEndpoint):
         seconds_left = self._time_limit(exchange) - exchange.record.age()
         with self._admission.enter(exchange.record.kind, seconds_left) as slot:
             request = await self._translate(exchange, parsed, model, is_large, held)
+            tracing.describe_request(gen_ai__request__model=self._models.name_for(parsed.model))
             sampling = request.generate.sampling
             exchange.record.num_choices, exchange.record.max_tokens = sampling.n, sampling.max_tokens
             slot.weigh(request.num_prompt_tokens, exchange.record.num_tiles)

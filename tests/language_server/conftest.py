@@ -153,10 +153,10 @@ class System:
     stub: language_pb2_grpc.LanguageStub
     senders: SenderPool
 
-    async def generate(self, request, images=(), timeout=60.0):
+    async def generate(self, request, images=(), timeout=60.0, metadata=None):
         """Run a request to its end, delivering each image's features as soon as they are asked for."""
         reply, deliveries = Reply(), []
-        async for event in self.stub.Generate(request, timeout=timeout):
+        async for event in self.stub.Generate(request, timeout=timeout, metadata=metadata):
             reply.add(event)
             for missing in event.admitted.missing:
                 delivery = self.deliver(request, event.admitted, images, missing.image_index)

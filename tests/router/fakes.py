@@ -85,6 +85,7 @@ class FakeWorker(abc.ABC):
         self._progress = 0
         self.is_dead = False  # after ``die``
         self.num_watching = 0  # status streams that are open
+        self.metadata: list[dict[str, Any]] = []  # of Generate and Encode
         self.address = ""
         self._server: grpc.aio.Server | None = None
         self._dying: asyncio.Task[None] | None = None
@@ -214,6 +215,7 @@ class FakeLanguage(FakeWorker):
 
     async def Generate(self, request: lang.GenerateRequest, context: Any) -> AsyncIterator[lang.GenerateEvent]:
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         if self.is_old:
             request.ClearField("continuations")
         await self.at_admission.pass_through()
@@ -332,6 +334,7 @@ class FakeVision(FakeWorker, vision_pb2_grpc.VisionServicer):
 
     async def Encode(self, request: EncodeRequest, context: Any) -> EncodeReply:
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         await self.at_encode.pass_through()
         if request.image == self.poison:
             await self.die()
