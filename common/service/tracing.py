@@ -25,6 +25,8 @@ Attribute: TypeAlias = str | int | float | bool
 _EXPORT_SECONDS: Final = 1.0
 """For one batch. Whatever is left when a program ends costs it no more than a few of these."""
 _CARRIED: Final = ("traceparent", "tracestate")
+_MAX_STATE_CHARS: Final = 512
+"""What every vendor must pass on, says W3C. Longer ones are left out: gRPC has limits that a client must not reach."""
 
 _tracer: "Tracer | None" = None
 _request: ContextVar["Span | None"] = ContextVar("request span", default=None)
@@ -81,7 +83,8 @@ def is_on() -> bool:
 def begin_request(name: str, headers: Mapping[str, str], started: float) -> None:
     """This task, and those it starts, work for a request that came in at ``started``, monotonic seconds."""
     if _tracer is not None:
-        kept = [(key, headers[key]) for key in _CARRIED if key in headers]
+        said = [(key, headers.get(key, "")) for key in _CARRIED]
+        kept = [(key, value) for key, value in said if len(value) <= _MAX_STATE_CHARS]
         _request.set(_tracer.start_span(name, parent_of(kept), start_time=_epoch_ns(started)))
 
 

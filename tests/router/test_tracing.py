@@ -53,6 +53,15 @@ async def test_a_trace_is_carried_to_both_tiers(spans, system):
     assert request.start_time <= fetch.start_time <= fetch.end_time <= request.end_time
 
 
+async def test_a_state_too_large_for_the_servers_is_left_out(spans, system):
+    state = ",".join(f"vendor{number}={'x' * 250}" for number in range(32))
+    answer = await system.http.post(CHAT, json={"messages": [user("x")]}, headers={**HEADERS, "tracestate": state})
+    assert answer.status_code == 200
+    (metadata,) = system.language.metadata
+    assert TRACE in metadata["traceparent"]
+    assert "tracestate" not in metadata
+
+
 async def test_without_one_each_request_begins_its_own(spans, system):
     for _ in range(2):
         await system.chat()
