@@ -72,11 +72,6 @@ def processed(processor: "SpanProcessor", service: str) -> Iterator[None]:
         provider.shutdown()
 
 
-def is_on() -> bool:
-    """Whether spans are made."""
-    return _tracer is not None
-
-
 # --- the span of a request, in the router
 
 
@@ -168,7 +163,7 @@ def _epoch_ns(monotonic: float) -> int:
 
 
 def _counting(exporter: "SpanExporter") -> "SpanExporter":
-    """``exporter``, less silent about what nobody took."""
+    """``exporter``, and a count of what it could not deliver. What is made faster than sent is dropped before it."""
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
     class Counting(SpanExporter):
