@@ -2,10 +2,12 @@
 
     python -m benchmarks router
 
-Both are pinned to one core and take turns in every round; the load and a language server that does nothing have the
-others. A closed loop says how many requests a second each of them carries, a low fixed rate how much later a first
-token comes through the router. Ratios and differences are taken within a round; their medians are shown. A core of the
-load that is as busy as the router's is a bound on what was measured: both are shown.
+All subjects are pinned to one core and take turns in every round; the load and a language server that does nothing have
+the others. Between the two is a relay, the bare application with one gRPC call for each request and an event for each
+token that comes: what it costs, no router in this language can save. A closed loop says how many requests a second each
+of them carries, a low fixed rate how much later a first token comes through the router. Ratios and differences are
+taken within a round; their medians are shown. A core of the load that is as busy as the router's is a bound on what was
+measured: both are shown.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -38,8 +40,8 @@ from benchmarks.record import write_record
 from common.service.errors import Unavailable
 from common.service.settings import ENV_PREFIX
 
-Subject = Literal["bare app", "router"]
-SUBJECTS: Final[tuple[Subject, ...]] = ("bare app", "router")
+Subject = Literal["bare app", "bare relay", "router"]
+SUBJECTS: Final[tuple[Subject, ...]] = ("bare app", "bare relay", "router")
 MIN_OF_BARE_APP: Final = 0.6
 """Mark: requests/s."""
 MAX_ADDED_P50_MS: Final = 2.0
@@ -87,6 +89,7 @@ class Case:
     requests_per_s: float
     bare_requests_per_s: float
     of_bare_app: float
+    of_bare_relay: float
     added_p50_ms: float
     added_p99_ms: float
     core_busy: float
@@ -146,6 +149,7 @@ def measure(loads: Sequence[Load], options: Options) -> list[Case]:
             router = _program("router", "--port", "0", "--vision", address, "--language", address)
             programs: dict[Subject, Program] = {
                 "bare app": stack.enter_context(_program("benchmarks.bare_app")),
+                "bare relay": stack.enter_context(_program("benchmarks.bare_app", "--language", address)),
                 "router": stack.enter_context(router),
             }
         stack.enter_context(pinned(*others))
@@ -158,28 +162,35 @@ def _measure_load(load: Load, programs: dict[Subject, Program], workers: Program
     rounds = []
     for index in range(options.rounds):
         order = SUBJECTS if index % 2 == 0 else SUBJECTS[::-1]
-        turns = {subject: _take_turn(subject, load, programs[subject], workers, options) for subject in order}
-        rounds.append((turns["bare app"], turns["router"]))
+        rounds.append({each: _take_turn(each, load, programs[each], workers, options) for each in order})
     return make_case(load, rounds)
 
 
-def make_case(load: Load, rounds: Sequence[tuple[Turn, Turn]]) -> Case:
-    """Medians over rounds of the bare application and the router."""
+def make_case(load: Load, rounds: Sequence[Mapping[Subject, Turn]]) -> Case:
+    """Medians over rounds."""
+    routers = [turns["router"] for turns in rounds]
+
+    def share_of(subject: Subject) -> float:
+        return median(turns["router"].requests_per_s / turns[subject].requests_per_s for turns in rounds)
 
     def added(percentile: str) -> float:
-        return median(router.first_token_ms[percentile] - bare.first_token_ms[percentile] for bare, router in rounds)
+        return median(
+            turns["router"].first_token_ms[percentile] - turns["bare app"].first_token_ms[percentile]
+            for turns in rounds
+        )
 
     return Case(
         body=load.name,
         num_tokens=load.num_tokens,
-        requests_per_s=median(router.requests_per_s for _, router in rounds),
-        bare_requests_per_s=median(bare.requests_per_s for bare, _ in rounds),
-        of_bare_app=median(router.requests_per_s / bare.requests_per_s for bare, router in rounds),
+        requests_per_s=median(router.requests_per_s for router in routers),
+        bare_requests_per_s=median(turns["bare app"].requests_per_s for turns in rounds),
+        of_bare_app=share_of("bare app"),
+        of_bare_relay=share_of("bare relay"),
         added_p50_ms=added("p50"),
         added_p99_ms=added("p99"),
-        core_busy=median(router.core_busy for _, router in rounds),
-        load_busy=median(router.load_busy for _, router in rounds),
-        turns=[asdict(turn) for turns in rounds for turn in turns],
+        core_busy=median(router.core_busy for router in routers),
+        load_busy=median(router.load_busy for router in routers),
+        turns=[asdict(turn) for turns in rounds for turn in turns.values()],
     )
 
 
@@ -251,7 +262,9 @@ def _program(module: str, *arguments: str) -> Iterator[Program]:
 
 
 def print_cases(cases: Sequence[Case]) -> None:
-    table = Table("body", "tokens", "requests/s", "bare app", "ratio", "added p50, ms", "p99", "core", "load", "held")
+    table = Table(
+        "body", "tokens", "requests/s", "bare app", "ratio", "of relay", "added p50, ms", "p99", "core", "load", "held"
+    )
     for case in cases:
         table.add_row(
             case.body,
@@ -259,6 +272,7 @@ def print_cases(cases: Sequence[Case]) -> None:
             f"{case.requests_per_s:.0f}",
             f"{case.bare_requests_per_s:.0f}",
             f"{case.of_bare_app:.2f}",
+            f"{case.of_bare_relay:.2f}",
             f"{case.added_p50_ms:.2f}",
             f"{case.added_p99_ms:.2f}",
             f"{100 * case.core_busy:.0f} %",

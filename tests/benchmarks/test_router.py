@@ -1,4 +1,4 @@
-"""The router is measured as a program, beside an application that answers with the same events."""
+"""The router is measured as a program, beside applications that answer with the same events."""
 
 import asyncio
 
@@ -32,13 +32,15 @@ def test_figures_are_medians_over_rounds_of_what_was_measured_in_one():
     def turn(subject: router.Subject, requests_per_s: float, p50: float) -> Turn:
         return Turn(subject, requests_per_s, 1.0, 0.5, {"p50": p50, "p99": 2 * p50})
 
-    rounds = [
-        (turn("bare app", 100, 1.0), turn("router", 50, 2.0)),
-        (turn("bare app", 10, 5.0), turn("router", 8, 5.5)),
-        (turn("bare app", 100, 1.0), turn("router", 70, 2.5)),
+    measured = [
+        (turn("bare app", 100, 1.0), turn("bare relay", 50, 1.0), turn("router", 50, 2.0)),
+        (turn("bare app", 10, 5.0), turn("bare relay", 16, 5.0), turn("router", 8, 5.5)),
+        (turn("bare app", 100, 1.0), turn("bare relay", 100, 1.0), turn("router", 70, 2.5)),
     ]
+    rounds = [{each.subject: each for each in turns} for turns in measured]
     case = make_case(Load("text", b"", 1), rounds)
     assert (case.of_bare_app, case.added_p50_ms, case.added_p99_ms) == (0.7, 1.0, 2.0)
+    assert case.of_bare_relay == 0.7
     assert case.is_held
     assert not make_case(Load("text", b"", 1), rounds[:1]).is_held
 
