@@ -10,16 +10,16 @@ from benchmarks.page import page
 from benchmarks.router import Load, Turn, image_load, main, make_case, text_load
 from common.service.errors import Unavailable
 
-SMALL = ["--rounds", "2", "--seconds", "0.1", "--concurrency", "2", "--text-bytes", "500", "--image-bytes", "300000"]
+SMALL = ["--rounds", "1", "--seconds", "0.1", "--concurrency", "2", "--text-bytes", "500", "--image-bytes", "300000"]
 
 
 def test_the_command(tmp_path, capsys):
     """Both subjects stream every token of every kind of request, or it raises; the record becomes a table."""
-    assert main([*SMALL, "--tokens", "1,3", "--results", str(tmp_path)]) in (0, 1)
+    assert main([*SMALL, "--tokens", "3", "--results", str(tmp_path)]) in (0, 1)
     (record,) = tmp_path.iterdir()
     shown = capsys.readouterr().out
     assert str(record) in shown
-    assert shown.count("text, 0.5 KB") == shown.count("image, 0.3 MB") == 2
+    assert shown.count("text, 0.5 KB") == shown.count("image, 0.3 MB") == 1
     assert "| image, 0.3 MB | 3 |" in page(tmp_path)
 
 

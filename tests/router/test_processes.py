@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from router.__main__ import main
@@ -104,7 +103,7 @@ async def running_program(tmp_path: Path) -> AsyncIterator[Program]:
             await worker.stop()
 
 
-async def test_they_answer_at_one_address_count_apart_and_are_replaced(tmp_path):
+async def test_they_answer_at_one_address_count_apart_are_replaced_and_end(tmp_path):
     async with running_program(tmp_path) as program:
         assert len(program.pids) == NUM_WORKERS
         for _ in range(4):
@@ -124,15 +123,19 @@ async def test_they_answer_at_one_address_count_apart_and_are_replaced(tmp_path)
             while (await program.counted("dvd_http_requests_total"))[0] == 0:  # until it has had one
                 await asyncio.gather(*(ask(program) for _ in range(4)))
 
+        program.process.send_signal(signal.SIGTERM)  # which is enough to end all
+        for _ in range(NUM_WORKERS):
+            await program.read(re.compile("draining: "))
+        assert await asyncio.wait_for(program.process.wait(), 30) == 0
 
-@pytest.mark.parametrize("to_all", [False, True], ids=["parent", "group"])
-async def test_all_drain_at_one_signal(tmp_path, to_all):
-    """Also when a service manager sends it to each of them: nobody takes that for a second one."""
+
+async def test_all_drain_at_one_signal_to_each(tmp_path):
+    """As a service manager sends it: nobody takes the parent's word for a second one."""
     async with running_program(tmp_path) as program:
         program.language.at_token.is_open.clear()
         asked = [asyncio.create_task(ask(program)) for _ in range(4)]
         await program.language.at_token.wait_for(lambda gate: gate.num_entered == 4)
-        for pid in program.pids.values() if to_all else ():
+        for pid in program.pids.values():
             os.kill(pid, signal.SIGTERM)
         program.process.send_signal(signal.SIGTERM)
         for _ in range(NUM_WORKERS):
@@ -158,7 +161,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def test_what_stops_one_at_the_start_stops_all(capfd):
+def test_what_stops_one_at_the_start_stops_all():
     arguments = ["--port", "0", "--vision", "127.0.0.1:1", "--language", "127.0.0.1:1", "--workers", "2"]
     command = [sys.executable, "-m", "router", *arguments, "--worker-metrics-listen", "192.0.2.1:0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
