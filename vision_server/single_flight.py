@@ -52,8 +52,13 @@ class Flight(Generic[T]):
     async def close(self) -> None:
         """End what has not ended, and give everything back."""
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._held.close()
+        try:
+            await asyncio.wait([self._task])
+        finally:
+            if self._task.done():
+                self._held.close()
+            else:  # cancelled once more, as by a deadline that passes at both ends of a call
+                self._task.add_done_callback(lambda _: self._held.close())
 
     async def _run(self, source: AsyncIterator[T]) -> None:
         try:

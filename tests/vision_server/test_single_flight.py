@@ -122,3 +122,37 @@ async def test_a_failure_reaches_everyone_and_the_next_one_starts_anew(flights, 
         fresh.let(1)
         assert await ride(flights, fresh) == [0]
     assert source.num_returned == fresh.num_returned == 1
+
+
+async def test_a_passenger_who_is_cancelled_twice_leaves_nothing_behind():
+    flights: SingleFlight[int] = SingleFlight()
+    is_ending, may_end = asyncio.Event(), asyncio.Event()
+    given_back: list[str] = []
+
+    async def source(held: ExitStack) -> AsyncIterator[int]:
+        held.callback(given_back.append, "place")
+        try:
+            await asyncio.Event().wait()
+            yield 0
+        finally:
+            is_ending.set()
+            await may_end.wait()
+
+    async def travel() -> None:
+        async with flights.board("key", source) as flight:
+            async for _ in flight.items():
+                pass
+
+    passenger = asyncio.create_task(travel())
+    await asyncio.sleep(0.01)
+    passenger.cancel()
+    await is_ending.wait()
+    passenger.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await passenger
+    assert given_back == []  # still in use
+    may_end.set()
+    async with asyncio.timeout(10):
+        while not given_back:
+            await asyncio.sleep(0)
+    assert given_back == ["place"]
