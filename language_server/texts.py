@@ -54,10 +54,9 @@ class Texts:
         """
 
         def tokenize() -> TokenizeReply:
+            _check_length(sum(request.num_tiles) * self._tokens_per_tile)  # before a list is made of it
             ids = self._lay_out(request)
-            if len(ids) > MAX_REPLY_TOKENS:
-                message = f"the text has {len(ids)} tokens, at most {MAX_REPLY_TOKENS} can be told"
-                raise InvalidRequest(message, code="context_length_exceeded", param="messages")
+            _check_length(len(ids))
             token_strs = [self._tokenizer.token(token_id) for token_id in ids] if request.return_token_strs else []
             return TokenizeReply(token_ids=ids, token_strs=token_strs)
 
@@ -98,3 +97,9 @@ class Texts:
             return await asyncio.get_running_loop().run_in_executor(self._tokenising, work)
         finally:
             self._num_waiting -= 1
+
+
+def _check_length(num_tokens: int) -> None:
+    if num_tokens > MAX_REPLY_TOKENS:
+        message = f"the prompt has {num_tokens} tokens, at most {MAX_REPLY_TOKENS} can be told"
+        raise InvalidRequest(message, code="context_length_exceeded", param="messages")

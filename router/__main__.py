@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _TITLE: Final = "router"
 _CLOSE_GRACE_SECONDS: Final = 2
+_STUCK_SECONDS: Final = 10.0
+"""A process that ends no sooner than so long after its drain should have is not going to."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +48,8 @@ def _run_processes(settings: RouterSettings) -> int:
     def serve(place: Place) -> int:
         return run_loop(_TITLE, settings, lambda: run(settings, listener, place), uvloop.new_event_loop)
 
-    return Processes(settings.workers, serve, lambda line: _announce(settings, listener, line)).run()
+    drain_seconds = settings.shutdown_timeout + _STUCK_SECONDS
+    return Processes(settings.workers, serve, lambda line: _announce(settings, listener, line), drain_seconds).run()
 
 
 async def run(settings: RouterSettings, listener: socket.socket | None = None, place: Place | None = None) -> int:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Final, NoReturn
 
 from common.service.errors import StartupError
@@ -76,9 +77,14 @@ class Processes:
     count: processes at a time.
     serve: what each of them does; returns its exit status, or raises StartupError.
     on_ready: called once, when all are ready, as ``Place.tell_ready`` was by the last. May raise StartupError.
+    drain_seconds: after a signal, until whoever has not ended is killed: it is stuck, its own drain is shorter.
     """
 
-    def __init__(self, count: int, serve: Callable[[Place], int], on_ready: Callable[[str], None]) -> None:
+    def __init__(
+        self, count: int, serve: Callable[[Place], int], on_ready: Callable[[str], None], drain_seconds: float
+    ) -> None:
+        self._drain_seconds = drain_seconds
+        self._give_up_at = inf
         self._serve = serve
         self._on_ready = on_ready
         self._processes = [_Process() for _ in range(count)]
@@ -98,6 +104,7 @@ class Processes:
                     self._start_those_due()
                     self._take(signal.sigtimedwait(_SIGNALS, self._patience()))
                     self._hear()
+                    self._give_up_on_stuck_ones()
                     if self._is_stopping and not any(each.pid for each in self._processes):
                         return self._status
             finally:
@@ -117,12 +124,19 @@ class Processes:
 
     def _stop(self) -> None:
         self._is_stopping = True
+        self._give_up_at = time.monotonic() + self._drain_seconds
         os.close(self._life_writer)
+
+    def _give_up_on_stuck_ones(self) -> None:
+        if time.monotonic() >= self._give_up_at:
+            log.critical("router processes are stuck in their drain: they are killed")
+            self._status = EXIT_FAILURE
+            self._kill_rest()
 
     def _patience(self) -> float:
         """Seconds until there is something to do without a signal."""
         if self._is_stopping:
-            return REPLACE_SECONDS[1]
+            return max(0.0, self._give_up_at - time.monotonic())
         if not self._has_been_ready:
             return _POLL_SECONDS
         now = time.monotonic()

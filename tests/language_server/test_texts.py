@@ -96,6 +96,12 @@ async def test_no_more_is_told_than_anybody_can_use(system, monkeypatch):
     assert error.code == "context_length_exceeded"
 
 
+async def test_nothing_is_made_of_a_number_of_tiles_that_no_image_has(system):
+    messages = make_request("a conversation").messages
+    error = await failure(system.stub.Tokenize(TokenizeRequest(messages=messages, num_tiles=[2**32 - 1] * 3)))
+    assert error.code == "context_length_exceeded"
+
+
 async def test_too_many_at_once_and_a_server_that_leaves(system, monkeypatch):
     monkeypatch.setattr(texts, "MAX_WAITING", 0)
     error = await failure(system.stub.Tokenize(TokenizeRequest(raw=raw("a"))))

@@ -185,3 +185,23 @@ async def test_bounds_are_divided():
     assert limits.max_held_bytes == 5
     assert [share(places, 4) for places in (0, 1, 4, 5)] == [0, 1, 1, 2]
     await router.fleet.close()
+
+
+STUCK = """
+import signal, sys, time
+from router.processes import Processes
+
+def serve(place):
+    place.tell_ready("stuck")
+    time.sleep(60)
+
+sys.exit(Processes(2, serve, lambda line: print(line, flush=True), drain_seconds=0.3).run())
+"""
+
+
+def test_who_is_stuck_in_a_drain_is_given_up():
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "stuck\n"
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(timeout=20) == 1

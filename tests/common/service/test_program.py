@@ -4,11 +4,14 @@ import subprocess
 import sys
 
 PROGRAM = """
-import asyncio, gc, sys
+import asyncio, gc, signal, sys
 from common.service.program import ServerSettings, run_program, run_worker
 
 class Worker:
-    ready_line = "ready"
+    @property
+    def ready_line(self):
+        signal.raise_signal(signal.SIGTERM)  # once there is something to say
+        return "ready"
 
     def __init__(self):
         self.ended = asyncio.get_running_loop().create_future()
@@ -27,12 +30,8 @@ class Worker:
         return True
 
 async def run(settings):
-    running = asyncio.create_task(run_worker("worker", Worker))
-    await asyncio.sleep(0.2)
-    signal.raise_signal(signal.SIGTERM)
-    return await running
+    return await run_worker("worker", Worker)
 
-import signal
 sys.exit(run_program("worker", ServerSettings, [], run))
 """
 
