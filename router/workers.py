@@ -118,6 +118,7 @@ class Worker(abc.ABC):
     """One server: its channel, its last status, and the calls this router has open on it."""
 
     tier: ClassVar[Tier]
+    carried: ClassVar[frozenset[str]] = frozenset()  # methods whose calls share one stream
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -140,7 +141,7 @@ class Worker(abc.ABC):
         self._calls: dict[grpc.aio.Call, _OpenCall] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._channel = make_leased_channel(address)
+        self._channel = make_leased_channel(address, self.carried)
         self._stub = self._make_stub(self._channel)
 
     @property
@@ -379,6 +380,7 @@ class LanguageWorker(Worker):
     """A language server."""
 
     tier = "language"
+    carried = frozenset({"/dvd.v1.Language/Generate"})
 
     @contextmanager
     def generate(self, request: GenerateRequest, timeout: float) -> Iterator[AsyncIterator[GenerateEvent]]:

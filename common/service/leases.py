@@ -17,6 +17,8 @@ from typing import Any, Final, TypeAlias
 import grpc.aio
 
 from common.service import metrics, tracing
+from common.service.carried_calls import CarriedCalls
+from common.service.carrying import MAX_CARRIED_BYTES
 from common.service.errors import Unavailable
 from protos import lease_pb2_grpc
 from protos.lease_pb2 import RenewReply, RenewRequest
@@ -108,27 +110,36 @@ class LeasedChannel:
     Args:
         calls: carries the calls; owned.
         renewals: another connection to the same server; owned.
+        carried: methods whose calls share one stream.
     """
 
-    def __init__(self, calls: grpc.aio.Channel, renewals: grpc.aio.Channel) -> None:
+    def __init__(
+        self, calls: grpc.aio.Channel, renewals: grpc.aio.Channel, carried: frozenset[str] = frozenset()
+    ) -> None:
         self._calls = calls
         self._renewals = renewals
         self._name = secrets.token_hex(16)
+        self._carried = carried
+        self._carrier = CarriedCalls(calls, ((_CALLER_KEY, self._name),))
         self._renewing: asyncio.Task[None] | None = None
 
     def unary_unary(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
         """As ``grpc.aio.Channel`` has it."""
         return self._named(self._calls.unary_unary(*arguments, **options))
 
-    def unary_stream(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
+    def unary_stream(self, method: str, **options: Any) -> Callable[..., Any]:
         """Likewise."""
-        return self._named(self._calls.unary_stream(*arguments, **options))
+        alone = self._named(self._calls.unary_stream(method, **options))
+        if method not in self._carried:
+            return alone
+        return self._carry(method, options["request_serializer"], options["response_deserializer"], alone)
 
     async def close(self) -> None:
         """Hang up. Calls that are open end."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
+        await self._carrier.close()
         await self._renewals.close()
         await self._calls.close()
 
@@ -136,11 +147,24 @@ class LeasedChannel:
         metadata = ((_CALLER_KEY, self._name),)
 
         def call(request: Any, timeout: float | None = None) -> Any:
-            if self._renewing is None:
-                self._renewing = asyncio.create_task(self._renew(), name="renew lease")
+            self._keep_renewing()
             return method(request, timeout=timeout, metadata=(*metadata, *tracing.outgoing()))
 
         return call
+
+    def _carry(self, method: str, serialize: Any, deserialize: Any, alone: Callable[..., Any]) -> Callable[..., Any]:
+        def call(request: Any, timeout: float | None = None) -> Any:
+            data = serialize(request)
+            if len(data) > MAX_CARRIED_BYTES:
+                return alone(request, timeout=timeout)
+            self._keep_renewing()
+            return self._carrier.begin(method, data, deserialize, timeout, tuple(tracing.outgoing()))
+
+        return call
+
+    def _keep_renewing(self) -> None:
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew(), name="renew lease")
 
     async def _renew(self) -> None:
         """For as long as there may be calls."""

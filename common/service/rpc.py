@@ -14,6 +14,8 @@ from typing import Any, cast
 import grpc
 import grpc.aio
 
+from common.service.carrier import make_carry_handler
+from common.service.carrying import CARRY
 from common.service.errors import ConfigError, DvdError, InternalError, to_grpc
 from common.service.leases import Lease, LeasedChannel, Leases, add_leases
 from common.service.listen import check_free
@@ -69,9 +71,13 @@ def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) ->
     )
 
 
-def make_leased_channel(address: str) -> grpc.aio.Channel:
-    """A channel for callers whose calls must end when they vanish. Unary requests only, which is all that we have."""
-    return cast(grpc.aio.Channel, LeasedChannel(make_channel(address), make_channel(address)))
+def make_leased_channel(address: str, carried: frozenset[str] = frozenset()) -> grpc.aio.Channel:
+    """A channel for callers whose calls must end when they vanish. Unary requests only, which is all that we have.
+
+    Args:
+        carried: methods whose calls share one stream (``protos/carrier.proto``); each answers with a stream.
+    """
+    return cast(grpc.aio.Channel, LeasedChannel(make_channel(address), make_channel(address), carried))
 
 
 def remaining_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
@@ -92,10 +98,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
+        lease = self._leases.of(handler_call_details.invocation_metadata)
+        if handler_call_details.method == CARRY:
+            kind = type(handler_call_details)  # gRPC looks handlers up by none but its own
+            return make_carry_handler(lambda *call: continuation(kind(*call)), lease, _ours)
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        lease = self._leases.of(handler_call_details.invocation_metadata)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
                 _guard_unary(handler.unary_unary, lease), handler.request_deserializer, handler.response_serializer
@@ -135,13 +144,17 @@ def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]], lease: Lease
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
         raise error
+    status, details, metadata = to_grpc(_ours(error))
+    await context.abort(status, details, metadata)
+
+
+def _ours(error: Exception) -> DvdError:
     if isinstance(error, BaseExceptionGroup):
         error = _first(error)
     if not isinstance(error, DvdError):
         log.error("unexpected failure in a call", exc_info=error)
         error = InternalError("unexpected failure")
-    status, details, metadata = to_grpc(error)
-    await context.abort(status, details, metadata)
+    return error
 
 
 def _first(group: BaseExceptionGroup[Any]) -> Exception:
