@@ -5,7 +5,6 @@ here decodes pixels: Pillow reads width and height from an image's header, and o
 a video only the first bytes are looked at. Knows nothing of tiles, frames, prompts or servers.
 """
 
-import binascii
 import re
 import struct
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from io import BytesIO
 from types import MappingProxyType
 from typing import Final
 
+import pybase64
 from PIL import Image, UnidentifiedImageError
 
 from common.model.orientation import read_orientation
@@ -130,7 +130,7 @@ def _decode_data_url(url: str, max_bytes: int, what: str, param: str) -> bytes:
     if (len(url) - header.end()) // 4 * 3 > max_bytes + 3:
         raise _too_large(max_bytes, what, param)
     try:
-        data = binascii.a2b_base64(url[header.end() :], strict_mode=True)
+        data = pybase64.b64decode(url[header.end() :], validate=True)
     except ValueError:  # binascii.Error, or characters outside ASCII
         raise _invalid("base64", "the data: URL is not valid base64", param) from None
     if len(data) > max_bytes:

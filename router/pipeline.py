@@ -7,12 +7,11 @@ cancelled at once. A language server that is lost costs the client nothing: anot
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
 from common.service import metrics, tracing
 from common.service.errors import DeadlineExceeded, DvdError, InternalError, Overloaded, Unavailable
-from protos.language_pb2 import Admitted, Finished, GenerateEvent, Token
+from protos.language_pb2 import Admitted, Finished, Token
 from router.affinity import content_key
 from router.causes import cause_of
 from router.encoding import encode_missing
@@ -23,7 +22,7 @@ from router.record import RequestRecord
 from router.replay import Progress
 from router.request import ChatRequest
 from router.turns import Turn
-from router.workers import LanguageWorker
+from router.workers import Events, LanguageWorker
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +33,9 @@ ENCODE_GRACE_SECONDS: Final = 1.0
 class Answer(Protocol):
     """Where tokens go: an event stream or a collected body."""
 
-    async def on_token(self, token: Token) -> None:
-        """One generated token. The first one makes the answer's status final."""
+    async def on_token(self, token: Token, is_more_ready: bool) -> None:
+        """One generated token. The first one makes the answer's status final. Nobody waits before the next event
+        where ``is_more_ready``."""
         ...
 
     async def on_finished(self, finished: Finished) -> None:
@@ -140,7 +140,7 @@ class _Run:
             except BaseExceptionGroup as errors:
                 raise cause_of(errors) from None
 
-    async def _relay(self, events: AsyncIterator[GenerateEvent], encoding: asyncio.Task[None] | None) -> None:
+    async def _relay(self, events: Events, encoding: asyncio.Task[None] | None) -> None:
         """Pass on what is said until every choice has ended and the server has ended the call."""
         is_replay = self._record.has_first_token
         async for event in events:
@@ -154,7 +154,7 @@ class _Run:
                 self._turn.is_over()
                 self._record.token(token)
                 self._progress.token(token)
-                await self._answer.on_token(token)
+                await self._answer.on_token(token, events.is_more_ready)
             elif kind == "finished":
                 await self._finish(event.finished, encoding)
             else:
@@ -171,7 +171,7 @@ class _Run:
         await self._answer.on_finished(finished)
 
 
-async def _wait_admitted(events: AsyncIterator[GenerateEvent]) -> Admitted:
+async def _wait_admitted(events: Events) -> Admitted:
     """The first event of every call."""
     async for event in events:
         if event.WhichOneof("event") != "admitted":

@@ -32,6 +32,7 @@ from router.api.named_media import NamedMedia
 from router.api.openapi import describe
 from router.api.origins import Origins
 from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
+from router.cut_off import CutOff
 from router.discovery import Discovery
 from router.fetch.fetcher import MediaFetcher
 from router.fleet import Fleet
@@ -65,7 +66,7 @@ class RouterServer:
         self.admission = Admission(_limits(settings), self._places)
         self.named_media = NamedMedia(settings.max_named_media_bytes)
         self.is_draining = False
-        self._cut_off = asyncio.Event()
+        self._cut_off = CutOff()
         self._origins = Origins(settings.allowed_origins)
         self._keys = _Keys([key.get_secret_value() for key in settings.api_key])
         self._routes = Router(self._make_routes(), redirect_slashes=False)

@@ -131,7 +131,7 @@ class _Work(Generic[ReplyT]):
             return await self._attempt(vision)
         return await self._on_or_on_peer(vision)
 
-    async def _attempt(self, vision: VisionWorker) -> ReplyT:
+    async def _attempt(self, vision: VisionWorker, begins: Callable[[], None] = lambda: None) -> ReplyT:
         async with self._fleet.quarantine.trial(lambda: self._image_hash, vision.address):
             if not vision.is_usable:  # any more, after others had their turn
                 raise ServerLost("closed", vision.incarnation)
@@ -139,6 +139,7 @@ class _Work(Generic[ReplyT]):
             started_at = time.monotonic()
             if failpoints.ARE_ON:
                 await failpoints.reach("router.dispatch", self._image_hash)
+            begins()
             reply = await self._call(vision, attempt)
         if isinstance(reply, EncodeReply):
             self._fleet.observe_encode(vision, self._num_tiles, time.monotonic() - started_at, reply)
@@ -151,8 +152,12 @@ class _Work(Generic[ReplyT]):
         patience = self._fleet.encode_times.patience(self._num_tiles) if self._is_hedged else None
         if patience is None or len(self._fleet.vision) < 2:
             return await self._attempt(vision)
+        with vision.expecting(self._num_tiles) as begins:
+            first = asyncio.create_task(self._attempt(vision, begins))
+            return await self._first_or_second(first, vision, patience)
+
+    async def _first_or_second(self, first: asyncio.Task[ReplyT], vision: VisionWorker, patience: float) -> ReplyT:
         started_at = time.monotonic()
-        first = asyncio.create_task(self._attempt(vision))
         attempts = {first: vision}
         try:
             await asyncio.wait(attempts, timeout=patience)

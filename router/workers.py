@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from common.service import metrics
+from common.service.carried_calls import CarriedCall
 from common.service.errors import (
     Cancelled,
     DvdError,
@@ -125,6 +126,7 @@ class Worker(abc.ABC):
         self.name = address  # the configured one, once it has told us
         self.status: WorkerStatus | None = None  # None while there is no live status stream
         self.load = 0  # outstanding tiles (vision) or sequences (language) of this router
+        self._num_expected = 0  # outstanding, too, of calls that have not begun
         self.is_refused = False  # serves another checkpoint
         self.is_leaving = False  # no longer among our servers: finishes what it has
         self.stands_in = False  # it leaves, but none of those who replace it is ready yet
@@ -173,7 +175,24 @@ class Worker(abc.ABC):
     @property
     def total_load(self) -> int:
         """This router's outstanding work, or what the server reports if others gave it more."""
-        return max(self.load, self._reported_load())
+        return max(self.load + self._num_expected, self._reported_load())
+
+    @contextmanager
+    def expecting(self, cost: int) -> Iterator[Callable[[], None]]:
+        """Count work that was chosen for this server, until the call that does it begins and counts it, or this block
+        ends: whoever chooses in the same moment must see it. Gives what to call when it begins."""
+        left = cost
+
+        def begins() -> None:
+            nonlocal left
+            self._num_expected -= left
+            left = 0
+
+        self._num_expected += cost
+        try:
+            yield begins
+        finally:
+            begins()
 
     async def follow_status(self) -> AsyncIterator[WorkerStatus]:
         """Statuses until the stream ends. Raises Unavailable, in the operator's words, when it breaks or is silent."""
@@ -383,11 +402,11 @@ class LanguageWorker(Worker):
     carried = frozenset({"/dvd.v1.Language/Generate"})
 
     @contextmanager
-    def generate(self, request: GenerateRequest, timeout: float) -> Iterator[AsyncIterator[GenerateEvent]]:
+    def generate(self, request: GenerateRequest, timeout: float) -> Iterator["Events"]:
         """An open Generate call; leaving the block ends it on the server too. Iterating raises DvdError."""
         call = self._stub.Generate(request, timeout=timeout)
         with self._open(call, request.sampling.n) as opened:
-            yield _Events(self, call, opened)
+            yield Events(self, call, opened)
 
     async def tokenize(self, request: TokenizeRequest, timeout: float) -> TokenizeReply:
         """The ids of a prompt. Raises DvdError."""
@@ -428,7 +447,7 @@ async def _read_within(call: Any, seconds: float, on_slice: Callable[[], None]) 
         reading.cancel()
 
 
-class _Events:
+class Events:
     """The events of one Generate call."""
 
     def __init__(self, worker: LanguageWorker, call: Any, opened: _OpenCall) -> None:
@@ -436,7 +455,12 @@ class _Events:
         self._call = call
         self._opened = opened
 
-    def __aiter__(self) -> AsyncIterator[GenerateEvent]:
+    @property
+    def is_more_ready(self) -> bool:
+        """The next event is there; not known of a call that is not carried."""
+        return isinstance(self._call, CarriedCall) and self._call.is_more_ready
+
+    def __aiter__(self) -> "Events":
         return self
 
     async def __anext__(self) -> GenerateEvent:

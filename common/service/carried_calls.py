@@ -91,6 +91,11 @@ class CarriedCall:
             self._num_taken = 0
         return self._deserialize(self._messages.popleft())
 
+    @property
+    def is_more_ready(self) -> bool:
+        """The next ``read`` does not wait, and has a message."""
+        return bool(self._messages)
+
     def cancel(self) -> bool:
         """End it at once, here and there. False where it was over."""
         if self._is_over:

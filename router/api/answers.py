@@ -5,21 +5,20 @@ what a model thinks: it goes under both names that clients look for, SGLang's ``
 ``reasoning``.
 """
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from common.service import metrics
-from common.service.errors import Cancelled
 from protos.language_pb2 import Finished, Token, TokenLogprob
 from router.admission import Slot
 from router.api import sse
 from router.api.exchange import Exchange
+from router.api.patience import Patience
 from router.api.schemas import ChatCompletionRequest
 
 _CONTENT: Final = b'"content":'
+_MAX_HELD_EVENTS: Final = 64
 _NO_TEXT: Final = _CONTENT + b'""'
 
 
@@ -35,7 +34,7 @@ class AnswerOptions:
     continuous_usage: bool
     metrics: bool
     headers: Mapping[str, str]
-    slow_reader_timeout: float
+    patience: Patience
 
     @classmethod
     def of(
@@ -57,7 +56,7 @@ class AnswerOptions:
             continuous_usage=bool(options and options.continuous_usage_stats),
             metrics=metrics,
             headers=headers,
-            slow_reader_timeout=slow_reader_timeout,
+            patience=Patience(slow_reader_timeout),
         )
 
 
@@ -79,7 +78,7 @@ class FullAnswer:
         self._options = options
         self._choices = [_Choice() for _ in range(options.num_choices)]
 
-    async def on_token(self, token: Token) -> None:
+    async def on_token(self, token: Token, is_more_ready: bool) -> None:
         self._slot.first_token()
         choice = self._choices[token.choice]
         choice.reasoning.append(token.reasoning)
@@ -130,14 +129,19 @@ class StreamAnswer:
         self._has_begun = False
         self._is_plain = not (options.logprobs or options.token_ids or options.continuous_usage)
         self._around_text: dict[int, tuple[bytes, bytes]] = {}  # choice -> bytes of its events
+        self._held: list[bytes] = []  # events of tokens behind which others were ready
 
-    async def on_token(self, token: Token) -> None:
+    async def on_token(self, token: Token, is_more_ready: bool) -> None:
+        """Tokens that came at once leave at once, each still an event."""
         if self._is_plain and self._has_begun and not token.reasoning:
-            return await write_stream(self._exchange, self._options, self._text_event(token), more_body=True)
-        logprobs = [_logprob_entry(token)] if self._options.logprobs else None
-        delta = _delta(token.reasoning, token.text)
-        chunk = self._chunk(token.choice, delta, logprobs=logprobs, token_ids=[token.token_id])
-        await self._send([*await self._begin(), chunk])
+            self._held.append(self._text_event(token))
+        else:
+            logprobs = [_logprob_entry(token)] if self._options.logprobs else None
+            delta = _delta(token.reasoning, token.text)
+            chunk = self._chunk(token.choice, delta, logprobs=logprobs, token_ids=[token.token_id])
+            self._held += map(sse.data, [*await self._begin(), chunk])
+        if not is_more_ready or len(self._held) >= _MAX_HELD_EVENTS:
+            await self._flush()
 
     def _text_event(self, token: Token) -> bytes:
         """What ``_chunk`` would be as an event: of such tokens only the text differs."""
@@ -207,7 +211,13 @@ class StreamAnswer:
             chunk["metrics"] = self._exchange.record.metrics_block()
 
     async def _send(self, chunks: Sequence[dict[str, Any]]) -> None:
-        await write_stream(self._exchange, self._options, b"".join(map(sse.data, chunks)), more_body=True)
+        self._held += map(sse.data, chunks)
+        await self._flush()
+
+    async def _flush(self) -> None:
+        data = b"".join(self._held)
+        self._held.clear()
+        await write_stream(self._exchange, self._options, data, more_body=True)
 
 
 async def begin_stream(exchange: Exchange, options: AnswerOptions) -> None:
@@ -220,12 +230,9 @@ async def begin_stream(exchange: Exchange, options: AnswerOptions) -> None:
 async def write_stream(exchange: Exchange, options: AnswerOptions, data: bytes, *, more_body: bool) -> None:
     """Send a part of a stream. Raises Cancelled when the client does not read: the server's buffer is small, who fills
     it stops us here, and is dropped after a while."""
-    try:
-        async with asyncio.timeout(options.slow_reader_timeout):
-            await exchange.send({"type": "http.response.body", "body": data, "more_body": more_body})
-    except TimeoutError:
-        metrics.SLOW_READERS_DROPPED.inc()
-        raise Cancelled("the client does not read") from None
+    await options.patience.wait(exchange.send({"type": "http.response.body", "body": data, "more_body": more_body}))
+    if not more_body:
+        options.patience.close()
 
 
 def envelope(exchange: Exchange, model: str, kind: str, prefix: str = "chatcmpl") -> dict[str, Any]:

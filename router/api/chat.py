@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from common.service import tracing
 from common.service.errors import (
     Cancelled,
+    DvdError,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -35,6 +36,7 @@ from router.api.schemas import ChatCompletionRequest, parse_chat
 from router.api.text_schemas import CompletionRequest
 from router.api.translate import Origin, cache_scope, translate
 from router.api.video import probe_lengths
+from router.cut_off import CutOff
 from router.fetch.fetcher import MediaFetcher
 from router.fleet import Fleet
 from router.pipeline import Pipeline
@@ -44,8 +46,8 @@ from router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
 
-LARGE_BODY_BYTES: Final = 256 * 1024
-"""Bodies above this are read in a thread, so that they do not hold up the tokens of others."""
+LARGE_BODY_BYTES: Final = 4 * 2**20
+"""Bodies above this are read in a thread, so that they do not hold up the tokens of others: at this size for 1.5 ms."""
 _MAX_NAMED_FIELDS: Final = 10
 _UNCLEAN: Final = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -62,7 +64,7 @@ class BodyEndpoint(abc.ABC):
         admission: Admission,
         settings: RouterSettings,
         named_media: NamedMedia,
-        cut_off: asyncio.Event,
+        cut_off: CutOff,
         fetcher: MediaFetcher | None,
     ) -> None:
         """``cut_off`` is set when a drain has waited long enough: whatever still runs is ended. Without a ``fetcher``
@@ -92,19 +94,30 @@ class BodyEndpoint(abc.ABC):
             Cancelled: the client left; ``work`` was cancelled and has let go of everything.
             Overloaded: ``draining``; likewise.
         """
-        working = asyncio.create_task(work)
-        leaving = asyncio.create_task(_wait_disconnect(receive))
-        cutting = asyncio.create_task(self._cut_off.wait())
-        tasks: list[asyncio.Task[Any]] = [working, leaving, cutting]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            raise Cancelled("the client left") if leaving.done() else draining()
-        finally:
-            for task in tasks:
+        task = asyncio.current_task()
+        assert task is not None  # a server runs each request in one
+        reasons: list[DvdError] = []
+        is_over = False
+
+        def end(reason: DvdError) -> None:
+            if not is_over:
+                reasons.append(reason)
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+
+        leaving = asyncio.create_task(_wait_disconnect(receive))
+        leaving.add_done_callback(lambda left: None if left.cancelled() else end(Cancelled("the client left")))
+        try:
+            with self._cut_off.calls(lambda: end(draining())):
+                return await work
+        except asyncio.CancelledError:
+            if not reasons or task.cancelling() > len(reasons):
+                raise
+            raise reasons[0] from None
+        finally:
+            is_over = True
+            for _ in reasons:
+                task.uncancel()
+            leaving.cancel()
 
     async def _read_body(self, exchange: Exchange, receive: Receive, held: HeldBytes) -> bytes:
         """The whole body, bounded in size and time.

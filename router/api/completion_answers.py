@@ -47,7 +47,7 @@ class PromptAnswer:
         self._answer = answer
         self._prompt = prompt
 
-    async def on_token(self, token: Token) -> None:
+    async def on_token(self, token: Token, is_more_ready: bool) -> None:
         await self._answer.on_token(self._prompt, token)
 
     async def on_finished(self, finished: Finished) -> None:

@@ -107,7 +107,7 @@ class _Unread:
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
 
-    async def on_token(self, token: Token) -> None:
+    async def on_token(self, token: Token, is_more_ready: bool) -> None:
         self._slot.first_token()
 
     async def on_finished(self, finished: Finished) -> None:
