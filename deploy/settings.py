@@ -32,7 +32,7 @@ PLACED: Final = frozenset(
 # What divides the two tiers: senseless where they are one.
 _DIVIDING: Final = (
     *("vision_servers", "language_servers", "vision_devices", "language_devices", "vision_cores", "language_cores"),
-    *("vision_nice", "transports"),
+    *("vision_nice", "transports", "encrypt_features"),
 )
 
 

@@ -31,6 +31,7 @@ from common.transport.base import Lend
 from language_server.feature_image import ComputedImage, FeatureImage, FeatureLayout, ImageKey
 from language_server.reservation import Delivery, Lease, LeaseState, tiles_of
 from protos.frame import MAX_TILES, FeatureDtypeName, FrameHeader, FrameRejected, is_signed_by
+from protos.seal import open_payload
 
 TORCH_DTYPES: Final[Mapping[FeatureDtypeName, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
@@ -58,6 +59,7 @@ class FeatureStore:
 
     Args:
         capacity_bytes: all features held at once, those kept for reuse included.
+        seals_features: whether only sealed frames are taken.
         max_waiting: requests that may wait for a reservation.
         on_ready: called when tiles became ready.
         clock: monotonic seconds.
@@ -68,11 +70,13 @@ class FeatureStore:
         layout: FeatureLayout,
         capacity_bytes: int,
         *,
+        seals_features: bool = False,
         max_waiting: int = 256,
         on_ready: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layout = layout
+        self.seals_features = seals_features
         self._capacity_bytes = capacity_bytes
         self._max_waiting = max_waiting
         self._on_ready = on_ready
@@ -334,6 +338,8 @@ class FeatureStore:
         image, delivery = _find_delivery(lease, header)
         if not is_signed_by(packed_header, delivery.ticket) or self._clock() > lease.expires:
             raise FrameRejected("ticket", f"no valid ticket for image {header.image_index}")
+        if self.seals_features and header.seal is None:
+            raise FrameRejected("unsealed", "features travel sealed or not at all")
         self._check_attempt(header, image, delivery)
         self._check_shape(header, image)
         rows = _make_rows(header, None if lend is None else lend())
@@ -352,7 +358,9 @@ class FeatureStore:
             raise FrameRejected("stale", "another writer took its place")
         del delivery.pending[header]
         _check_wanted(header, image)
-        if payload_crc32c != header.payload_crc32c:
+        if header.seal is not None:
+            open_payload(header, memory, delivery.ticket)
+        elif payload_crc32c != header.payload_crc32c:
             raise FrameRejected("checksum", "the payload was damaged on its way")
         if not _is_finite(rows):
             raise FrameRejected("nonfinite", "NaN or infinity among the features")

@@ -273,6 +273,7 @@ class Generation:
             dtype=self._backend.feature_dtype,
             num_prompt_tokens=prompt.num_text_tokens + sum(image.max_num_tokens for image in self._request.images),
             num_replayed_tokens=sum(len(each.output_token_ids) for each in self._request.continuations),
+            seals_features=self._backend.features.seals_features,
         )
 
     async def _wait_for_features(self, prompt: Prompt, lease: Lease) -> None:

@@ -114,7 +114,12 @@ class LanguageServer:
             pace=PrefillPace(settings.max_prefill_stretch, settings.max_text_prefill_stretch),
             is_awaiting_features=lambda: self.features.num_awaited > 0,
         )
-        self.features = FeatureStore(self._feature_layout(), settings.feature_bytes, on_ready=self.engine.wake)
+        self.features = FeatureStore(
+            self._feature_layout(),
+            settings.feature_bytes,
+            seals_features=settings.encrypt_features,
+            on_ready=self.engine.wake,
+        )
         self._receivers = _make_receivers(settings) if receivers is None else receivers
         self._servicer = LanguageServicer(self.board, settings.request_timeout, max_num_live)
         self._grpc = rpc.make_server()

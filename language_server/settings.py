@@ -33,6 +33,11 @@ class LanguageSettings(ServerSettings):
     transports: tuple[TransportChoice, ...] = Field(
         ("auto",), min_length=1, description="ways to take features, best first; auto: all but nixl"
     )
+    encrypt_features: bool = Field(
+        False,
+        description="take only features sealed with AES-256-GCM, whichever way they travel; their keys come over gRPC:"
+        " in clear, where that leaves the machine without TLS",
+    )
     metrics_listen: str | None = Field("127.0.0.1:0", description="host:port of /metrics; null switches it off")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of weights, arithmetic and features")

@@ -217,18 +217,20 @@ class GenerateEvent(_message.Message):
     def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Admitted(_message.Message):
-    __slots__ = ("missing", "deliver_to", "dtype", "num_prompt_tokens", "num_replayed_tokens")
+    __slots__ = ("missing", "deliver_to", "dtype", "num_prompt_tokens", "num_replayed_tokens", "seals_features")
     MISSING_FIELD_NUMBER: _ClassVar[int]
     DELIVER_TO_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_REPLAYED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEALS_FEATURES_FIELD_NUMBER: _ClassVar[int]
     missing: _containers.RepeatedCompositeFieldContainer[ImageTicket]
     deliver_to: _containers.RepeatedCompositeFieldContainer[_status_pb2.Endpoint]
     dtype: _status_pb2.FeatureDtype
     num_prompt_tokens: int
     num_replayed_tokens: int
-    def __init__(self, missing: _Optional[_Iterable[_Union[ImageTicket, _Mapping]]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., num_prompt_tokens: _Optional[int] = ..., num_replayed_tokens: _Optional[int] = ...) -> None: ...
+    seals_features: bool
+    def __init__(self, missing: _Optional[_Iterable[_Union[ImageTicket, _Mapping]]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., num_prompt_tokens: _Optional[int] = ..., num_replayed_tokens: _Optional[int] = ..., seals_features: _Optional[bool] = ...) -> None: ...
 
 class ImageTicket(_message.Message):
     __slots__ = ("image_index", "ticket")

@@ -68,7 +68,7 @@ class VirOptions(_message.Message):
     def __init__(self, mode: _Optional[_Union[VirMode, str]] = ..., scope: _Optional[_Union[VirScope, str]] = ..., relative_threshold: _Optional[float] = ..., absolute_threshold: _Optional[float] = ..., request_scores: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("request_id", "image_index", "attempt", "mm_hash", "image", "tiling", "deliver_to", "ticket", "dtype", "image_hash", "vir", "first_tile", "num_tiles")
+    __slots__ = ("request_id", "image_index", "attempt", "mm_hash", "image", "tiling", "deliver_to", "ticket", "dtype", "image_hash", "vir", "first_tile", "num_tiles", "seals_features")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class EncodeRequest(_message.Message):
     VIR_FIELD_NUMBER: _ClassVar[int]
     FIRST_TILE_FIELD_NUMBER: _ClassVar[int]
     NUM_TILES_FIELD_NUMBER: _ClassVar[int]
+    SEALS_FEATURES_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     image_index: int
     attempt: int
@@ -95,7 +96,8 @@ class EncodeRequest(_message.Message):
     vir: VirOptions
     first_tile: int
     num_tiles: int
-    def __init__(self, request_id: _Optional[bytes] = ..., image_index: _Optional[int] = ..., attempt: _Optional[int] = ..., mm_hash: _Optional[bytes] = ..., image: _Optional[bytes] = ..., tiling: _Optional[_Union[TilingOptions, _Mapping]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., ticket: _Optional[bytes] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., image_hash: _Optional[bytes] = ..., vir: _Optional[_Union[VirOptions, _Mapping]] = ..., first_tile: _Optional[int] = ..., num_tiles: _Optional[int] = ...) -> None: ...
+    seals_features: bool
+    def __init__(self, request_id: _Optional[bytes] = ..., image_index: _Optional[int] = ..., attempt: _Optional[int] = ..., mm_hash: _Optional[bytes] = ..., image: _Optional[bytes] = ..., tiling: _Optional[_Union[TilingOptions, _Mapping]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., ticket: _Optional[bytes] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., image_hash: _Optional[bytes] = ..., vir: _Optional[_Union[VirOptions, _Mapping]] = ..., first_tile: _Optional[int] = ..., num_tiles: _Optional[int] = ..., seals_features: _Optional[bool] = ...) -> None: ...
 
 class EncodeReply(_message.Message):
     __slots__ = ("num_tiles", "tokens_per_tile", "feature_bytes", "transport", "cache_hit", "timings")

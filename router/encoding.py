@@ -82,6 +82,7 @@ async def _encode(
         vir=_with_scores(request.vir, scores),
         deliver_to=admitted.deliver_to,
         ticket=ticket.ticket,
+        seals_features=admitted.seals_features,
         dtype=admitted.dtype,
         first_tile=part.first_tile,
         num_tiles=part.num_tiles,

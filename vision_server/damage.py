@@ -11,7 +11,8 @@ import numpy as np
 
 from common.service import failpoints
 from common.service.errors import ConfigError
-from protos.frame import FrameHeader, pack_header, with_checksum
+from protos.frame import FrameHeader
+from protos.seal import pack_frame
 from protos.vision_pb2 import EncodeRequest
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ async def send_first(
     """Pass the failpoint, and send what it says. Raises what ``FrameCourier.send`` raises."""
     kind = await failpoints.reach("vision.deliver")
     if kind:
-        packed, damaged = _damaged(kind, header, payload, request.ticket)
+        packed, damaged = _damaged(kind, header, payload, request)
         await couriers.send(request.deliver_to, packed, damaged, timeout)
 
 
-def _damaged(kind: str, header: FrameHeader, payload: memoryview, ticket: bytes) -> tuple[bytes, memoryview]:
+def _damaged(kind: str, header: FrameHeader, payload: memoryview, request: EncodeRequest) -> tuple[bytes, memoryview]:
     """Header and payload as they go out: ``bits``, ``header`` (flipped on the wire), ``version``
     (of a build to come), ``shape``, ``nan`` or ``duplicate``. Raises ConfigError for another kind."""
     if kind == "shape":
@@ -39,7 +40,7 @@ def _damaged(kind: str, header: FrameHeader, payload: memoryview, ticket: bytes)
         payload = payload[: len(payload) // 2]
     if kind == "nan":
         payload = np.full(len(payload), _NAN_BYTE, np.uint8).data
-    packed = pack_header(with_checksum(header, payload), ticket)
+    packed, payload = pack_frame(header, payload, request.ticket, is_sealed=request.seals_features)
     if kind == "header":
         packed = packed[:-1] + bytes([packed[-1] ^ 1])
     if kind == "version":

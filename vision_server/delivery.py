@@ -1,4 +1,4 @@
-"""Encoded groups -> signed frames -> the language server that waits for them. Nothing is copied on the way.
+"""Encoded groups -> signed frames -> the language server that waits for them. Only what must be sealed is copied.
 
 Knows nothing of images or devices.
 """
@@ -14,7 +14,8 @@ from typing_extensions import Buffer
 
 from common.service import failpoints
 from common.service.errors import Cancelled, DvdError, InternalError, TransportFailed
-from protos.frame import FeatureDtypeName, FrameHeader, FrameRejected, pack_header, with_checksum
+from protos.frame import MAX_TILES, FeatureDtypeName, FrameHeader, FrameRejected
+from protos.seal import pack_frame
 from protos.status_pb2 import Endpoint
 from protos.vision_pb2 import EncodeRequest
 from vision_server import damage
@@ -24,6 +25,9 @@ _FRAME_BYTES: Final = 4 * 2**20
 """Aim for the payload of one frame: small enough to overlap with prefill, large enough that headers cost nothing."""
 _MAX_SENDS: Final = 4
 """Of a frame that is damaged on its way: cheaper than encoding its image again elsewhere."""
+_MAX_SEALED: Final = 8
+"""Sealed frames of one image that are on their way at once: each is a copy in memory, and time of the loop to make."""
+_DAMAGED: Final = {"checksum", "seal"}
 _ENDED_AT_RECEIVER: Final = {"tombstone", "unknown_request", "stale"}
 
 
@@ -71,6 +75,7 @@ class Delivery:
             DvdError: what ``groups`` raised.
         """
         delivered = Delivered()
+        room = asyncio.Semaphore(_MAX_SEALED if request.seals_features else MAX_TILES)
         sends: list[asyncio.Task[str]] = []
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -78,23 +83,34 @@ class Delivery:
                     delivered.tokens_per_tile += group.tokens_per_tile
                     delivered.num_bytes += group.num_bytes
                     for header, payload in self._frames(request, dtype, group):
-                        sends.append(tasks.create_task(self._send(request, header, payload, deadline)))
+                        sends.append(tasks.create_task(self._send(request, header, payload, deadline, room)))
         except ExceptionGroup as failures:
             ours = failures.subgroup(DvdError) or failures  # what failed first tells why, not what failed with it
             raise ours.exceptions[0] from None
         delivered.transport = sends[-1].result()
         return delivered
 
-    async def _send(self, request: EncodeRequest, header: FrameHeader, payload: memoryview, deadline: float) -> str:
-        packed = pack_header(with_checksum(header, payload), request.ticket)
+    async def _send(
+        self,
+        request: EncodeRequest,
+        header: FrameHeader,
+        payload: memoryview,
+        deadline: float,
+        room: asyncio.Semaphore,
+    ) -> str:
+        async with room:
+            return await self._send_now(request, header, payload, deadline)
+
+    async def _send_now(self, request: EncodeRequest, header: FrameHeader, payload: memoryview, deadline: float) -> str:
+        packed, packed_payload = pack_frame(header, payload, request.ticket, is_sealed=request.seals_features)
         for attempts_left in reversed(range(_MAX_SENDS)):
             timeout = max(0.0, deadline - time.monotonic())
             try:
                 if failpoints.ARE_ON:
                     await damage.send_first(self._couriers, request, header, payload, timeout)
-                return await self._couriers.send(request.deliver_to, packed, payload, timeout)
+                return await self._couriers.send(request.deliver_to, packed, packed_payload, timeout)
             except FrameRejected as rejection:
-                if rejection.reason != "checksum" or not attempts_left:
+                if rejection.reason not in _DAMAGED or not attempts_left:
                     raise _refused(rejection.reason) from None
         raise AssertionError("the last attempt returns or raises")
 
@@ -143,6 +159,6 @@ def _refused(reason: str) -> DvdError:
     """What a refusal by the language server means to the caller of ``Encode``."""
     if reason in _ENDED_AT_RECEIVER:
         return Cancelled("the language server no longer waits for this image")
-    if reason == "checksum":
+    if reason in _DAMAGED:
         return TransportFailed("features were damaged on their way")
     return InternalError(f"the language server refused the features: {reason[:64]}")

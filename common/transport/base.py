@@ -31,21 +31,21 @@ class FrameSink(Protocol):
                 and then lets go of it.
 
         Raises:
-            FrameRejected: reason ``fingerprint``, ``ticket``, ``unknown_request``, ``tombstone``, ``stale``,
-                ``duplicate``, ``dtype``, ``shape`` or ``size``.
+            FrameRejected: reason ``fingerprint``, ``ticket``, ``unsealed``, ``unknown_request``, ``tombstone``,
+                ``stale``, ``duplicate``, ``dtype``, ``shape`` or ``size``.
         """
         ...
 
     def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
-        """The payload is in place: check it and make its tiles ready.
+        """The payload is in place: check it, open it there if it is sealed, and make its tiles ready.
 
         Args:
             memory: what ``place`` returned for this very frame; another writer may have begun it again elsewhere.
             payload_crc32c: of ``memory``, computed by the receiver after the last byte was written, on any thread.
 
         Raises:
-            FrameRejected: reason ``checksum`` or ``nonfinite``; also ``tombstone`` if the request ended meanwhile, and
-                ``duplicate`` or ``stale`` if another writer was faster.
+            FrameRejected: reason ``checksum``, ``seal`` or ``nonfinite``; also ``tombstone`` if the request ended
+                meanwhile, and ``duplicate`` or ``stale`` if another writer was faster.
         """
         ...
 

@@ -12,8 +12,8 @@ from protos.frame import FrameRejected
 
 REASONS: Final = frozenset(
     (
-        "magic", "version", "fingerprint", "ticket", "dtype", "shape", "size", "checksum", "nonfinite",
-        "unknown_request", "tombstone", "stale",
+        "magic", "version", "fingerprint", "ticket", "dtype", "shape", "size", "checksum", "seal", "nonfinite",
+        "unsealed", "unknown_request", "tombstone", "stale",
     )
 )  # fmt: skip
 """Why a frame never reached the model."""

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,8 @@ from common.transport.base import receive_frame
 from language_server.feature_image import FeatureLayout, ImageKey, tile_hashes
 from language_server.features import FeatureStore
 from language_server.reservation import LeaseState
-from protos.frame import MAX_TILES, FrameHeader, FrameRejected, checksum, pack_header, with_checksum
+from protos.frame import MAX_TILES, FrameHeader, FrameRejected, checksum, pack_header, parse_header, with_checksum
+from protos.seal import pack_frame
 
 TOKENS, HIDDEN = 4, 3
 TILE_BYTES = TOKENS * HIDDEN * 4
@@ -251,6 +253,60 @@ async def test_only_the_holder_of_the_ticket_may_write():
     assert deliver(store, lease, header, rows, ticket=b"guess" * 6 + b"ab") == "ticket"
     assert deliver(store, lease, header, rows, ticket=lease.missing[1]) == "ticket"
     assert deliver(store, lease, header, rows) == "ok"
+
+
+def deliver_sealed(store, ticket, frame, payload_of=None):
+    """``payload_of``: the frame whose sealed payload goes in place of its own."""
+    packed, payload = sealed(frame, ticket)
+    if payload_of is not None:
+        _, payload = sealed(payload_of, ticket)
+    return receive_frame(store, packed, payload)
+
+
+def sealed(frame, ticket):
+    header, rows = frame
+    return pack_frame(header, rows.numpy().view(np.uint8).reshape(-1).data, ticket, is_sealed=True)
+
+
+async def test_a_store_that_seals_takes_nothing_in_clear():
+    store = make_store(seals_features=True)
+    lease = await reserve(store, [key("a", 2), key("b")])
+    first, second = frame(1, of=2), frame(1, first=1)
+    assert deliver(store, lease, *first) == "unsealed"
+    assert deliver(store, lease, first[0], first[1], ticket=b"x" * 32) == "ticket"  # of strangers no more is said
+    assert deliver_sealed(store, lease.missing[1], first) == "ticket"
+    assert deliver_sealed(store, lease.missing[0], first, payload_of=second) == "seal"
+    assert store.num_ready_tokens(REQUEST, 0) == 0
+    assert deliver_sealed(store, lease.missing[0], first) == "ok"
+    assert deliver_sealed(store, lease.missing[0], second) == "ok"
+    assert deliver_sealed(store, lease.missing[0], second) == "duplicate"
+    assert torch.equal(store.rows(REQUEST, 0, 0, 2 * TOKENS), torch.cat([first[1], second[1]]))
+    ticket = lease.missing[0]
+    lease.release()
+    assert deliver_sealed(store, ticket, first) == "tombstone"
+
+
+async def test_who_need_not_seal_may():
+    store = make_store()
+    lease = await reserve(store, [key("a")])
+    sent = frame(1)
+    assert deliver_sealed(store, lease.missing[0], sent) == "ok"
+    assert torch.equal(store.rows(REQUEST, 0, 0, TOKENS), sent[1])
+
+
+async def test_two_servers_that_seal_one_tile_do_not_disturb_each_other():
+    """A second attempt on its way beside the first: each is opened in memory of its own, under its own nonce."""
+    store = make_store(seals_features=True)
+    lease = await reserve(store, [key("a")])
+    sent = [sealed(frame(1, attempt=attempt), lease.missing[0]) for attempt in (0, 1)]
+    headers = [parse_header(packed) for packed, _ in sent]
+    placed = [store.place(header, packed) for header, (packed, _) in zip(headers, sent, strict=True)]
+    for memory, (_, payload) in zip(placed, sent, strict=True):
+        memory[:] = payload
+    store.commit(headers[1], placed[1], 0)
+    with pytest.raises(FrameRejected, match="duplicate"):
+        store.commit(headers[0], placed[0], 0)
+    assert torch.equal(store.rows(REQUEST, 0, 0, TOKENS), frame(1)[1])
 
 
 async def test_a_ticket_expires():

@@ -15,9 +15,12 @@ from protos.frame import (
     MAX_HEADER_BYTES,
     MAX_TILES,
     MIN_HEADER_BYTES,
+    SEALED_VERSION,
     FrameHeader,
     FrameRejected,
+    Seal,
     checksum,
+    describe,
     is_signed_by,
     pack_header,
     parse_header,
@@ -37,15 +40,19 @@ HEADER = FrameHeader(
     tokens_per_tile=(256, 64, 256),
     payload_crc32c=0xDEADBEEF,
 )
+SEALED = replace(HEADER, payload_crc32c=0, seal=Seal(bytes(range(0x40, 0x4C)), bytes(range(0x50, 0x60))))
 # Offsets of the fixed part, from the table in protos/frame.py.
 MAGIC, VERSION, HEADER_BYTES, FIRST_TILE, NUM_TILES, NUM_IMAGE_TILES = 0, 4, 6, 46, 48, 50
 HIDDEN_SIZE, DTYPE, PADDING, PAYLOAD_BYTES, TOKENS = 52, 56, 57, 60, 72
 
 
-def patched(offset: int, format: str, value: int | bytes) -> bytes:
-    data = bytearray(pack_header(HEADER, TICKET))
+def patched(offset: int, format: str, value: int | bytes, header: FrameHeader = HEADER) -> bytes:
+    data = bytearray(pack_header(header, TICKET))
     struct.pack_into(f"<{format}", data, offset, value)
     return bytes(data)
+
+
+SEALS = st.builds(Seal, st.binary(min_size=12, max_size=12), st.binary(min_size=16, max_size=16))
 
 
 @st.composite
@@ -63,6 +70,9 @@ def headers(draw: st.DrawFn) -> FrameHeader:
         dtype=draw(st.sampled_from(["bfloat16", "float32"])),
         tokens_per_tile=tuple(tokens),
         payload_crc32c=draw(st.integers(0, 2**32 - 1)),
+        seal=draw(
+            st.none() | st.builds(Seal, st.binary(min_size=12, max_size=12), st.binary(min_size=16, max_size=16))
+        ),
     )
 
 
@@ -111,6 +121,17 @@ def test_the_layout_is_the_documented_one():
     )  # fmt: skip
 
 
+def test_the_layout_of_a_sealed_header_is_the_documented_one():
+    """Version 2, byte by byte: version 1 with a seal before the MAC."""
+    packed = pack_header(replace(SEALED, tokens_per_tile=(256, 64)), TICKET)
+    assert packed[:-MAC_BYTES].hex() == (
+        "44564446" "0200" "8800" "000102030405060708090a0b0c0d0e0f" "101112131415161718191a1b1c1d1e1f"
+        "03000000" "0100" "0200" "0200" "0d00" "00040000" "01" "000000" "00000a0000000000" "00000000" "0001" "4000"
+        "404142434445464748494a4b" "505152535455565758595a5b5c5d5e5f"
+    )  # fmt: skip
+    assert packed[: -MAC_BYTES - 28] == describe(replace(SEALED, tokens_per_tile=(256, 64)))
+
+
 def test_checksum_is_crc32c():
     """Check value of CRC-32C (Castagnoli), RFC 3720 appendix B.4."""
     assert checksum(b"123456789") == 0xE3069283
@@ -134,7 +155,12 @@ def test_checksum_is_crc32c():
         ("magic", patched(MAGIC, "4s", b"DVDX")),
         ("magic", bytes(MIN_HEADER_BYTES)),
         ("version", patched(VERSION, "H", 0)),
-        ("version", patched(VERSION, "H", 2)),
+        ("version", patched(VERSION, "H", SEALED_VERSION + 1)),
+        ("size", patched(VERSION, "H", SEALED_VERSION)),
+        ("size", patched(VERSION, "H", 1, SEALED)),
+        ("size", patched(NUM_TILES, "H", 17, SEALED)),
+        ("size", pack_header(SEALED, TICKET)[:-28]),
+        ("shape", patched(TOKENS, "H", 0, SEALED)),
         ("dtype", patched(DTYPE, "B", 0)),
         ("dtype", patched(DTYPE, "B", 3)),
         ("dtype", patched(PADDING, "3s", b"\0\0\1")),
@@ -196,8 +222,9 @@ def test_one_byte_of_the_fixed_part_changed(header: FrameHeader, at: int, value:
     check_parse(bytes(packed))
 
 
-def test_every_bit_of_a_header_is_covered_by_the_mac():
-    packed = pack_header(HEADER, TICKET)
+@pytest.mark.parametrize("header", [HEADER, SEALED], ids=["clear", "sealed"])
+def test_every_bit_of_a_header_is_covered_by_the_mac(header: FrameHeader):
+    packed = pack_header(header, TICKET)
     for bit in range(8 * len(packed)):
         changed = bytearray(packed)
         changed[bit // 8] ^= 1 << bit % 8
@@ -226,6 +253,8 @@ def test_too_short_to_be_signed(data: bytes):
         {"payload_crc32c": 2**32},
         {"fingerprint": bytes(15)},
         {"request_id": bytes(17)},
+        {"seal": Seal(bytes(11), bytes(16))},
+        {"seal": Seal(bytes(12), bytes(17))},
     ],
 )
 def test_what_does_not_fit_is_not_packed(change):

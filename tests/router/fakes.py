@@ -208,6 +208,7 @@ class FakeLanguage(FakeWorker):
         self.delivered: dict[bytes, asyncio.Future[bytes]] = {}  # ticket -> image
         self.resident: dict[bytes, bytes] = {}  # mm_hash -> image: not asked for again
         self.keeps_features = False  # whatever arrives becomes resident
+        self.seals_features = False
         self.is_old = False  # knows nothing of continuations
         self.texts: list[lang.TokenizeRequest] = []
         self.text_failures: list[DvdError] = []  # raised by the next calls about texts, in order
@@ -237,6 +238,7 @@ class FakeLanguage(FakeWorker):
                 dtype=FEATURE_DTYPE_FLOAT32,
                 num_prompt_tokens=10 + sum(image.max_num_tokens for image in request.images),
                 num_replayed_tokens=sum(len(each.output_token_ids) for each in request.continuations),
+                seals_features=self.seals_features,
             )
         )
         images = [await self.delivered[ticket] for ticket in tickets]

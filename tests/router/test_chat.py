@@ -57,6 +57,14 @@ async def test_full_answer(system):
     assert "metrics" not in body
 
 
+@pytest.mark.parametrize("seals", [False, True])
+async def test_a_vision_server_is_told_whether_features_travel_sealed(system, seals):
+    system.language.seals_features = seals
+    response = await system.chat(messages=[user("what is it?", png("red"))])
+    assert response.status_code == 200
+    assert [request.seals_features for request in system.vision.requests] == [seals]
+
+
 async def test_images_reach_the_right_places(system):
     red, blue = png("red"), png("blue")
     response = await system.chat(messages=[user("a", red, "b"), {"role": "assistant", "content": "c"}, user(blue, "d")])

@@ -13,6 +13,7 @@ from typing_extensions import Buffer
 
 from common.transport.base import Lend
 from protos.frame import FrameHeader, FrameRejected, checksum, is_signed_by
+from protos.seal import open_payload
 from protos.status_pb2 import FEATURE_DTYPE_FLOAT32, Endpoint
 from protos.vision_pb2 import EncodeReply, EncodeRequest, TilingOptions
 from protos.vision_pb2_grpc import VisionStub
@@ -39,6 +40,7 @@ class FeatureSink:
     """A ``FrameSink`` that puts the tiles of each image back in order."""
 
     refuse_with: str | None = None
+    refuse_payloads_with: list[str] = field(default_factory=list)  # the next ones
     frames: list[FrameHeader] = field(default_factory=list)
     _tiles: dict[tuple[bytes, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     _payloads: dict[tuple[bytes, int, int], memoryview] = field(default_factory=dict)
@@ -56,7 +58,11 @@ class FeatureSink:
     def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
         payload = self._payloads.pop((header.request_id, header.image_index, header.first_tile))
         assert payload is memory
-        if payload_crc32c != header.payload_crc32c or checksum(payload) != payload_crc32c:
+        if self.refuse_payloads_with:
+            raise FrameRejected(self.refuse_payloads_with.pop(), "as told")
+        if header.seal is not None:
+            open_payload(header, memory, TICKET)
+        elif payload_crc32c != header.payload_crc32c or checksum(payload) != payload_crc32c:
             raise FrameRejected("checksum", "damaged")
         rows = torch.frombuffer(payload, dtype=_TORCH_DTYPE[header.dtype]).view(header.num_tokens, header.hidden_size)
         tiles = self._tiles.setdefault((header.request_id, header.image_index), {})

@@ -5,11 +5,13 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from typing_extensions import Buffer
 
 from common.transport.base import Lend
 from protos.frame import FrameHeader, FrameRejected, checksum, is_signed_by, pack_header, with_checksum
+from protos.seal import open_payload, pack_frame
 from protos.status_pb2 import Endpoint
 from tests.common.transport.shm_relay import ShmRelay
 
@@ -50,6 +52,12 @@ def make_frame(
     return header, pack_header(header, ticket), payload
 
 
+def sealed_frame(*, ticket: bytes = TICKET, **options: Any) -> tuple[FrameHeader, bytes, memoryview, bytes]:
+    """As ``make_frame``: header, and what goes out; last what it says."""
+    header, _, payload = make_frame(**options)
+    return header, *pack_frame(header, memoryview(payload), ticket, is_sealed=True), payload
+
+
 def key(header: FrameHeader) -> Key:
     return header.request_id, header.image_index, header.first_tile
 
@@ -58,6 +66,7 @@ def key(header: FrameHeader) -> Key:
 class MemorySink:
     """A ``FrameSink`` that keeps every frame. ``refuse_with`` makes it refuse all of them for that reason."""
 
+    seals: bool = False  # none in clear are taken
     refuse_with: str | None = None
     crash_on: bytes | None = None  # request id that makes `place` fail as no sink should
     on_place: Callable[[], None] = lambda: None
@@ -76,6 +85,8 @@ class MemorySink:
             raise FrameRejected("fingerprint", "another checkpoint")
         if not is_signed_by(packed_header, TICKET):
             raise FrameRejected("ticket", "not signed with ours")
+        if self.seals and header.seal is None:
+            raise FrameRejected("unsealed", "readable")
         if key(header) in self.ready:
             raise FrameRejected("duplicate", "was here before")
         lent = None if lend is None else lend()
@@ -86,7 +97,9 @@ class MemorySink:
         payload = self._open.pop(key(header))
         assert payload is memory
         assert checksum(payload) == payload_crc32c
-        if payload_crc32c != header.payload_crc32c:
+        if header.seal is not None:
+            open_payload(header, memory, TICKET)
+        elif payload_crc32c != header.payload_crc32c:
             raise FrameRejected("checksum", "payload changed on its way")
         self.ready[key(header)] = bytes(payload)
 
@@ -110,6 +123,8 @@ class Relay:
         self._cut_at: int | None = None
         self.num_connections = 0
         self.num_forwarded = 0  # bytes, both ways
+        self.forwarded: list[bytes] = []  # what they were, where ``keeps``
+        self.keeps = False
 
     async def start(self) -> Endpoint:
         prefix, path, host_port = _split(self._target.address)
@@ -184,6 +199,8 @@ class Relay:
                     break
                 target.write(self._maybe_flip(data))
                 self.num_forwarded += len(data)
+                if self.keeps:
+                    self.forwarded.append(data)
                 await target.drain()
         while target.transport.get_write_buffer_size():
             await asyncio.sleep(0.005)
