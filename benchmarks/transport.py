@@ -5,8 +5,9 @@
 A message of 34 MB is an image of 13 tiles of the 38B model, one of 2.6 MB is one tile of it. The raw socket is a
 blocking ``sendall`` to a blocking ``recv_into``, always into the same memory, without a word said about it; a transport
 carries signed headers, checks a CRC32C, puts each payload in memory of its own and has it acknowledged. ``zmq, bare``
-are the sockets of ``zmq`` with nothing of that. All of them take turns in every round; a ratio is the median of those
-of the rounds, so that what else the machine does falls on both sides of it.
+are the sockets of ``zmq`` with nothing of that. What is ``sealed`` is encrypted before it is sent, message by message,
+and decrypted by its receiver instead of the CRC32C. All of them take turns in every round; a ratio is the median of
+those of the rounds, so that what else the machine does falls on both sides of it.
 
 The sending process has one half of the cores, the receiving ones have the other, as if they were two servers: where
 the kernel wakes a receiver on the core of its sender, both share it for tens of milliseconds, more than a batch takes.
@@ -40,7 +41,8 @@ from common.service.heap import freeze_heap, keep_freed_memory
 from common.transport.listen import PRIVATE_DIRECTORY
 from common.transport.registry import TRANSPORTS, make_sender, why_unavailable
 from common.transport.sender import BoundedSender, TransportLimits
-from protos.frame import ID_BYTES, FrameHeader, pack_header, with_checksum
+from protos.frame import ID_BYTES, FrameHeader
+from protos.seal import pack_frame
 
 MEMCPY: Final = "memcpy"
 _TIMEOUT: Final = 120.0
@@ -49,6 +51,7 @@ _TOKENS_PER_TILE: Final = 256
 _MAX_BATCH: Final = 1_000
 _BEYOND_CACHE_BYTES: Final = 128 * 2**20
 _ON_ONE_HOST: Final = ("shm",)
+_ALSO_SEALED: Final = ("tcp", "zmq")
 _CORES: Final = sorted(os.sched_getaffinity(0))
 _SENDING: Final = frozenset(_CORES[: len(_CORES) // 2] or _CORES)
 _RECEIVING: Final = frozenset(_CORES[len(_CORES) // 2 :])
@@ -62,6 +65,7 @@ class Message:
     num_tiles: int
     hidden_size: int
     count: int
+    header: FrameHeader = field(repr=False)
     payload: bytearray = field(repr=False)
     packed_header: bytes = field(repr=False)
 
@@ -82,10 +86,10 @@ def make_message(num_tiles: int, hidden_size: int, batch_bytes: int) -> Message:
     )
     payload = bytearray(os.urandom(header.payload_bytes // 2) * 2)
     payload[1::2] = bytes(len(payload) // 2)  # small numbers, so that none is NaN or infinite
-    packed_header = pack_header(with_checksum(header, payload), TICKET)
+    packed_header, _ = pack_frame(header, memoryview(payload), TICKET, is_sealed=False)
     name = f"{len(payload) / 1e6:.3g} MB"
     count = min(_MAX_BATCH, max(1, batch_bytes // len(payload)))
-    return Message(name, num_tiles, hidden_size, count, payload, packed_header)
+    return Message(name, num_tiles, hidden_size, count, header, payload, packed_header)
 
 
 class Subject(Protocol):
@@ -102,14 +106,18 @@ class Transport:
 
     sender: BoundedSender
     in_flight: int
+    is_sealed: bool
 
     async def move(self, message: Message) -> None:
         turns = iter(range(message.count))
         await asyncio.gather(*(self._send(message, turns) for _ in range(self.in_flight)))
 
     async def _send(self, message: Message, turns: Iterator[int]) -> None:
+        packed, payload = message.packed_header, memoryview(message.payload)
         for _ in turns:
-            await self.sender.send(message.packed_header, message.payload, _TIMEOUT)
+            if self.is_sealed:
+                packed, payload = pack_frame(message.header, memoryview(message.payload), TICKET, is_sealed=True)
+            await self.sender.send(packed, payload, _TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +190,9 @@ async def measure(
             if name == "zmq":
                 subjects[BARE_ZMQ] = await open_subjects.enter_async_context(_bare_zmq())
             subjects[name] = await open_subjects.enter_async_context(_transport(name, in_flight))
+            if name in _ALSO_SEALED:
+                sealed = _transport(name, in_flight, is_sealed=True)
+                subjects[f"{name}, sealed"] = await open_subjects.enter_async_context(sealed)
         for number in range(num_rounds + 1):
             show(f"round {number} of {num_rounds}")
             for message in messages:
@@ -211,13 +222,13 @@ def _case(message: str, subject: str, rates: dict[tuple[str, str], list[float]],
 
 
 @asynccontextmanager
-async def _transport(name: str, in_flight: int) -> AsyncIterator[Transport]:
+async def _transport(name: str, in_flight: int, is_sealed: bool = False) -> AsyncIterator[Transport]:
     with tempfile.TemporaryDirectory(prefix="dvd-") as directory:
         listen = f"{PRIVATE_DIRECTORY}{directory}" if name in _ON_ONE_HOST else "127.0.0.1:0"
         with _process("benchmarks.transport_sink", name, listen) as address:
             sender = make_sender(name, address, TransportLimits())
             try:
-                yield Transport(sender, in_flight)
+                yield Transport(sender, in_flight, is_sealed)
             finally:
                 await sender.close()
 

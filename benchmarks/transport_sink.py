@@ -16,6 +16,7 @@ from common.service.heap import freeze_heap, keep_freed_memory
 from common.transport.base import Lend
 from common.transport.registry import make_receiver
 from protos.frame import FrameHeader, FrameRejected, is_signed_by
+from protos.seal import open_payload
 
 _MAX_SAMPLES: Final = 4096
 
@@ -34,7 +35,9 @@ class Sink:
         return rows.view(torch.uint8).numpy().data
 
     def commit(self, header: FrameHeader, memory: memoryview, payload_crc32c: int) -> None:
-        if payload_crc32c != header.payload_crc32c:
+        if header.seal is not None:
+            open_payload(header, memory, TICKET)
+        elif payload_crc32c != header.payload_crc32c:
             raise FrameRejected("checksum", "damaged")
         values = torch.frombuffer(memory, dtype=torch.bfloat16)
         if not values[:: max(1, len(values) // _MAX_SAMPLES)].isfinite().all():

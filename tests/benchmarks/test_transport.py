@@ -11,6 +11,7 @@ from benchmarks.transport import MEMCPY, Case, main, make_message, measure, prin
 from benchmarks.transport_peer import BARE_ZMQ, RAW, TICKET
 from benchmarks.transport_sink import Sink
 from protos.frame import FrameRejected, checksum, is_signed_by, parse_header
+from protos.seal import pack_frame
 
 MESSAGES = ((2, 64), (1, 16))
 
@@ -22,7 +23,7 @@ def measured() -> list[Case]:
 
 
 def test_every_subject_moves_every_message_in_every_round(measured):
-    subjects = {MEMCPY, RAW, "tcp", BARE_ZMQ, "zmq"}
+    subjects = {MEMCPY, RAW, "tcp", "tcp, sealed", BARE_ZMQ, "zmq", "zmq, sealed"}
     assert {(case.message, case.subject) for case in measured} == {
         (name, subject) for name in ("0.0655 MB", "0.00819 MB") for subject in subjects
     }
@@ -60,6 +61,18 @@ def test_a_message_is_a_frame_that_the_sink_takes_and_a_damaged_one_is_not():
             Sink().commit(header, placed, checksum(placed))
 
 
+def test_a_sealed_message_is_opened_by_the_sink():
+    message = make_message(2, 64, 10**6)
+    packed, sealed = pack_frame(message.header, memoryview(message.payload), TICKET, is_sealed=True)
+    header = parse_header(packed)
+    placed = Sink().place(header, packed)
+    placed[:] = sealed
+    Sink().commit(header, placed, 0)
+    assert placed == message.payload
+    with pytest.raises(FrameRejected, match="seal"):
+        Sink().commit(header, placed, 0)  # it is open already
+
+
 def test_the_table_shows_ratios_where_there_are_some(measured, capsys):
     print_cases(measured)
     shown = capsys.readouterr().out
@@ -72,7 +85,7 @@ def test_the_command_and_its_page(tmp_path, capsys):
     (record,) = tmp_path.glob("*-transport.json")
     assert str(record) in capsys.readouterr().out
     cases = msgspec.json.decode(record.read_bytes())["figures"]
-    assert [case["subject"] for case in cases] == [MEMCPY, RAW, "tcp"]
+    assert [case["subject"] for case in cases] == [MEMCPY, RAW, "tcp", "tcp, sealed"]
     assert "| tcp |" in page(tmp_path)
 
 
