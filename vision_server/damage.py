@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vision_server.delivery import FrameCourier
 
 _VERSION_AT: Final = 4  # its low byte
+_VERSION_TO_COME: Final = 99
 _NAN_BYTE: Final = 0xFF  # all bits set is not a number in every width
 
 
@@ -44,7 +45,7 @@ def _damaged(kind: str, header: FrameHeader, payload: memoryview, request: Encod
     if kind == "header":
         packed = packed[:-1] + bytes([packed[-1] ^ 1])
     if kind == "version":
-        packed = packed[:_VERSION_AT] + bytes([packed[_VERSION_AT] + 1]) + packed[_VERSION_AT + 1 :]
+        packed = packed[:_VERSION_AT] + bytes([_VERSION_TO_COME]) + packed[_VERSION_AT + 1 :]
     if kind == "bits":
         flipped = np.frombuffer(payload, np.uint8).copy()
         flipped[len(flipped) // 2] ^= 1

@@ -14,6 +14,7 @@ from common.transport.base import receive_frame
 from protos.frame import FrameRejected, parse_header
 from protos.vision_pb2 import EncodeRequest
 from tests.vision_server.neighbours import TICKET, FeatureSink
+from vision_server import damage
 from vision_server.delivery import _MAX_SEALED, _MAX_SENDS, Delivery
 from vision_server.device_jobs import EncodedGroup, Times
 
@@ -95,6 +96,20 @@ async def test_one_that_never_opens_ends_the_delivery():
     courier.may_go.set()
     with pytest.raises(TransportFailed, match="damaged"):
         await deliver(courier, a_request(is_sealed=True))
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("bits", None), ("header", "ticket"), ("version", "version"), ("nan", "ok"), ("duplicate", "ok")],
+)
+async def test_what_a_failpoint_damages_is_refused_for_what_it_is(kind, reason, is_sealed):
+    """Also of sealed frames: each kind gets as far as it should."""
+    request = a_request(is_sealed)
+    ((header, payload),) = Delivery(Courier(), bytes(16))._frames(request, "float32", await anext(tile_by_tile()))
+    packed, damaged = damage._damaged(kind, header, payload, request)
+    verdict = receive_frame(FeatureSink(), packed, damaged)
+    assert verdict == (reason or ("seal" if is_sealed else "checksum"))
 
 
 async def test_what_should_have_been_sealed_is_not_sent_again():
