@@ -174,8 +174,11 @@ class Generation:
             return prompt
         messages, layout = self._request.messages, self._backend.features.layout
         num_tiles = [layout.num_tiles(image.max_num_tokens) for image in self._request.images]
-        build = partial(self._backend.prompts.build, messages, num_tiles, thinking=self._request.thinking)
-        if sum(len(part.text) or _BLOCK_CHARS for message in messages for part in message.parts) < _INLINE_CHARS:
+        tools = self._request.tools
+        build = partial(self._backend.prompts.build, messages, num_tiles, thinking=self._request.thinking, tools=tools)
+        num_chars = sum(len(part.text) or _BLOCK_CHARS for message in messages for part in message.parts)
+        num_chars += sum(len(call.arguments) for message in messages for call in message.tool_calls)
+        if num_chars + sum(map(len, tools)) < _INLINE_CHARS:
             return build()
         return await asyncio.get_running_loop().run_in_executor(self._backend.tokenising, build)
 

@@ -1,4 +1,4 @@
-"""What a reply must be - JSON, a regular expression, one of some texts - as the set of tokens that may come next.
+"""What a reply must be - JSON, a regular expression, a choice, calls of tools - as the tokens that may come next.
 
 The library llguidance does the work; here it gets our tokens and its limits, and its errors become ours. Knows nothing
 of logits, of requests or of threads.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from common.service.errors import InvalidRequest
 from language_server.tokenizer import Tokenizer
-from protos.language_pb2 import Grammar
+from protos.language_pb2 import Grammar, ToolCalls
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -121,7 +121,7 @@ class GrammarCompiler:
         """
         from llguidance import LLMatcher
 
-        text = "\n".join([_HEAD, self._start, f"reply: {_rule(grammar)}"])
+        text = "\n".join([_HEAD, self._start, f"reply: {_rule(grammar)}", ""])
         matcher = LLMatcher(self._tokens, text, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise _refusal(matcher.get_error(), grammar.param)
@@ -154,31 +154,60 @@ def _rule(grammar: Grammar) -> str:
         case "json_object":
             return _json_rule({"type": "object"})
         case "json_schema":
-            return _json_rule(_load_schema(grammar))
+            schema = _load_schema(grammar.json_schema, grammar.param)
+            _check_multiples(schema, grammar.param)
+            return _json_rule(schema)
         case "regex" if grammar.regex:
             return f"/{regex_to_lark(_whole_regex(grammar), use_ascii='d')}/"
         case "choice" if grammar.choice.texts:
             return f"/{'|'.join(_escape(text) for text in grammar.choice.texts)}/"
+        case "tool_calls" if grammar.tool_calls.tools:
+            return _calls_rule(grammar.tool_calls, grammar.param)
         case _:
             raise InvalidRequest("the grammar is empty", param=grammar.param)
+
+
+def _calls_rule(calls: ToolCalls, param: str) -> str:
+    """Calls as Qwen's chat format writes them. In text, the opening tag is always the beginning of a call."""
+    schemas = [_load_schema(tool.parameters, param) for tool in calls.tools]
+    _check_multiples(schemas, param)
+    if not calls.allows_text:
+        rules = ['"<tool_call>" call' + (' ("\\n<tool_call>" call)*' if calls.allows_many else "")]
+    elif calls.allows_many:
+        rules = ["(opened call)* TEXT"]
+    else:
+        rules = ["opened call | TEXT"]
+    if calls.allows_text:
+        rules += ['opened[lazy]: TEXT "<tool_call>"', "TEXT: /(?s:.*)/"]
+    heads = [json.dumps(f'\n{{"name": "{tool.name}", "arguments": ') for tool in calls.tools]
+    options = " | ".join(f"{head} arguments_{index}" for index, head in enumerate(heads))
+    rules.append(f'call: ({options}) "}}\\n</tool_call>"')
+    rules += [f"arguments_{index}: {_json_rule(schema)}" for index, schema in enumerate(schemas)]
+    return "\n".join(rules)
 
 
 def _json_rule(schema: dict[str, Any]) -> str:
     return f"%json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"
 
 
-def _load_schema(grammar: Grammar) -> dict[str, Any]:
+def _load_schema(text: str, param: str) -> dict[str, Any]:
     try:
-        schema = json.loads(grammar.json_schema)
-        multiple = math.lcm(*_multiples(schema))
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("the schema is not valid JSON", param=param) from None
+    if not isinstance(schema, dict):
+        raise InvalidRequest("the schema is not an object", param=param)
+    return schema
+
+
+def _check_multiples(schemas: Any, param: str) -> None:
+    try:
+        multiple = math.lcm(*_multiples(schemas))
     except (ValueError, OverflowError, RecursionError):
-        raise InvalidRequest("the schema is not valid JSON", param=grammar.param) from None
+        raise InvalidRequest("the schema is not valid JSON", param=param) from None
     if multiple > _MAX_MULTIPLE:
         message = f"the grammar cannot be used: all multipleOf together come to more than {_MAX_MULTIPLE}"
-        raise InvalidRequest(message, param=grammar.param)
-    if not isinstance(schema, dict):
-        raise InvalidRequest("the schema is not an object", param=grammar.param)
-    return schema
+        raise InvalidRequest(message, param=param)
 
 
 def _multiples(value: Any) -> Iterator[int]:

@@ -34,6 +34,23 @@ Ensure that the thinking process is thorough but remains focused on the query. T
 and not reference the thinking section."""
 """The system message with which released models think first (INTERNVL.md section 5.2)."""
 
+TOOLS_MESSAGE: Final = """\
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+"""What Qwen's language models were trained to see at the end of the system message where there are tools, a line of
+JSON each (Qwen3's published chat template)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Special:
@@ -63,6 +80,11 @@ class Template(Protocol):
         ...
 
     @property
+    def has_tools(self) -> bool:
+        """Whether it says how tools are offered and called."""
+        ...
+
+    @property
     def hidden_header(self) -> tuple[tuple[str, ...], str] | None:
         """Special tokens that open, and the one that closes, a header in the reply that is no text."""
         ...
@@ -78,27 +100,50 @@ class Template(Protocol):
 
 
 class InternVL25Template:
-    """``internvl2_5``: every message ends with ``<|im_end|>`` and a newline."""
+    """``internvl2_5``: every message ends with ``<|im_end|>`` and a newline. Calls and results as in Qwen's own format:
+    results that follow one another share a user's turn."""
 
     thinks_in_tags = True
+    has_tools = True
     hidden_header = None
     reply_header = ()
 
     def render(self, messages: Iterable[ChatMessage]) -> Iterator[Segment]:
-        for message in messages:
-            yield Special("<|im_start|>")
-            yield f"{message.role}\n"
-            yield from _content(message)
-            yield Special("<|im_end|>")
-            yield "\n"
+        for are_results, turns in groupby(messages, key=lambda message: message.role == "tool"):
+            for role, content in [("user", _results(turns))] if are_results else map(_turn, turns):
+                yield Special("<|im_start|>")
+                yield f"{role}\n"
+                yield from content
+                yield Special("<|im_end|>")
+                yield "\n"
         yield Special("<|im_start|>")
         yield "assistant\n"
+
+
+def _turn(message: ChatMessage) -> tuple[str, Iterator[Segment]]:
+    return message.role, _content_and_calls(message)
+
+
+def _content_and_calls(message: ChatMessage) -> Iterator[Segment]:
+    yield from _content(message)
+    has_content = any(part.WhichOneof("part") != "text" or part.text for part in message.parts)
+    for index, call in enumerate(message.tool_calls):
+        start = "\n" if has_content or index else ""
+        yield f'{start}<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n</tool_call>'
+
+
+def _results(messages: Iterable[ChatMessage]) -> Iterator[Segment]:
+    for index, message in enumerate(messages):
+        yield "\n<tool_response>\n" if index else "<tool_response>\n"
+        yield from _content(message)
+        yield "\n</tool_response>"
 
 
 class GptOssTemplate:
     """``internvl3_5_gpt_oss``: the reply names its channel first."""
 
     thinks_in_tags = False  # but in a channel of its own
+    has_tools = False  # but TypeScript, in a developer's turn
     hidden_header = (("<|start|>", "<|channel|>"), "<|message|>")
     reply_header = (Special("<|channel|>"), "final", Special("<|message|>"))
 
@@ -232,24 +277,35 @@ class PromptBuilder:
         token_id, parts = self._tokenizer.token_id, self._template.reply_header
         return tuple(token_id(part.text) if isinstance(part, Special) else part for part in parts)
 
-    def build(self, messages: Sequence[ChatMessage], num_tiles: Sequence[int], *, thinking: bool = False) -> Prompt:
+    def build(
+        self,
+        messages: Sequence[ChatMessage],
+        num_tiles: Sequence[int],
+        *,
+        thinking: bool = False,
+        tools: Sequence[str] = (),
+    ) -> Prompt:
         """Tokenise a conversation in which each of the ``num_tiles[i]`` tiles of image ``i`` has exactly one place,
         behind that of the tile before.
 
         Args:
             thinking: the system message asks for thoughts first; a client's own follows in the same turn.
+            tools: JSON of each that the system message offers, behind everything else it says.
 
         Raises:
             InvalidRequest: no messages, an unknown role, an image outside a user message, tiles and places that do
-                not match (``image_marker_mismatch``), or thoughts of a chat format that has none in its text.
+                not match (``image_marker_mismatch``), or thoughts or tools of a chat format that has none in its text.
         """
         _check(messages, num_tiles)
         if thinking and not self._template.thinks_in_tags:
             message = "thinking is not supported with the chat format of this model"
             raise InvalidRequest(message, code="unsupported_parameter", param="chat_template_kwargs.enable_thinking")
+        self._check_tools(messages, tools)
         runs: list[list[int] | Piece] = [list(self._tokenizer.prefix_ids)]
         text = ""
         opened = _with_thinking_message(messages) if thinking else self._with_system_message(messages)
+        if tools:
+            opened = _with_tools(opened, tools)
         for segment in self._template.render(opened):
             if isinstance(segment, str):
                 text += segment
@@ -280,6 +336,14 @@ class PromptBuilder:
             raise InvalidRequest("the prompt holds the placeholder of an image", param="messages")
         return Prompt((ids,), self._image_token_id)
 
+    def _check_tools(self, messages: Sequence[ChatMessage], tools: Sequence[str]) -> None:
+        if self._template.has_tools:
+            return
+        called = [f"messages[{i}].tool_calls" for i, message in enumerate(messages) if message.tool_calls]
+        for param in (["tools"] if tools else []) + called:
+            message = "tools are not supported with the chat format of this model"
+            raise InvalidRequest(message, code="unsupported_parameter", param=param)
+
     def _with_system_message(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
         if self._system_message is None or any(message.role == "system" for message in messages):
             return messages
@@ -292,6 +356,14 @@ def _with_thinking_message(messages: Sequence[ChatMessage]) -> Sequence[ChatMess
     if first.role != "system":
         return [ChatMessage(role="system", parts=[{"text": THINKING_MESSAGE}]), *messages]
     return [ChatMessage(role="system", parts=[{"text": f"{THINKING_MESSAGE}\n\n"}, *first.parts]), *others]
+
+
+def _with_tools(messages: Sequence[ChatMessage], tools: Sequence[str]) -> Sequence[ChatMessage]:
+    offer = {"text": TOOLS_MESSAGE.format(tools="\n".join(tools))}
+    first, *others = messages
+    if first.role != "system":
+        return [ChatMessage(role="system", parts=[offer]), *messages]
+    return [ChatMessage(role="system", parts=[*first.parts, {"text": "\n\n"}, offer]), *others]
 
 
 def _extend(runs: list[list[int] | Piece], ids: list[int]) -> None:

@@ -42,7 +42,7 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_choices: int
     sampling = request.sampling
     if len(request.request_id) != REQUEST_ID_BYTES:
         raise InvalidRequest(f"{len(request.request_id)} bytes, expected {REQUEST_ID_BYTES}", param="request_id")
-    if request.HasField("raw") and (request.messages or request.images or request.thinking):
+    if request.HasField("raw") and (request.messages or request.images or request.thinking or request.tools):
         raise InvalidRequest("a prompt is either raw or a conversation", param="raw")
     for index, image in enumerate(request.images):
         if len(image.mm_hash) != MM_HASH_BYTES:

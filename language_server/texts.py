@@ -87,7 +87,7 @@ class Texts:
     def _build(self, request: TokenizeRequest) -> Prompt:
         if request.HasField("raw"):
             return self._prompts.build_raw(request.raw, self._vocab_size)
-        return self._prompts.build(request.messages, request.num_tiles, thinking=request.thinking)
+        return self._prompts.build(request.messages, request.num_tiles, thinking=request.thinking, tools=request.tools)
 
     async def _in_thread(self, work: Callable[[], _ResultT]) -> _ResultT:
         if self._num_waiting >= MAX_WAITING:

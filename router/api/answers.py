@@ -16,6 +16,8 @@ from router.api import sse
 from router.api.exchange import Exchange
 from router.api.patience import Patience
 from router.api.schemas import ChatCompletionRequest
+from router.api.tool_calls import CallPiece, Divided, ToolCallParser
+from router.api.tools import callable_names
 
 _CONTENT: Final = b'"content":'
 _MAX_HELD_EVENTS: Final = 64
@@ -32,6 +34,7 @@ class AnswerOptions:
     token_ids: bool
     include_usage: bool
     continuous_usage: bool
+    tool_names: frozenset[str]  # of tools that the reply may call
     metrics: bool
     headers: Mapping[str, str]
     patience: Patience
@@ -54,6 +57,7 @@ class AnswerOptions:
             token_ids=bool(request.return_token_ids),
             include_usage=bool(options and options.include_usage),
             continuous_usage=bool(options and options.continuous_usage_stats),
+            tool_names=callable_names(request),
             metrics=metrics,
             headers=headers,
             patience=Patience(slow_reader_timeout),
@@ -105,12 +109,15 @@ class FullAnswer:
         await self._exchange.respond_json(body, headers=self._options.headers)
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
+        text, calls = _divide_whole("".join(choice.texts), self._options)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
         answer: dict[str, Any] = {
             "index": index,
             "message": {**message, **_reasoning("".join(choice.reasoning) or None)},
             "logprobs": _logprobs(choice.logprobs) if self._options.logprobs else None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": _finish_reason(choice.finish_reason, len(calls)),
         }
         if self._options.token_ids:
             answer["token_ids"] = choice.token_ids
@@ -127,7 +134,8 @@ class StreamAnswer:
         self._envelope = envelope(exchange, options.model, "chat.completion.chunk")
         self._num_open = options.num_choices
         self._has_begun = False
-        self._is_plain = not (options.logprobs or options.token_ids or options.continuous_usage)
+        self._is_plain = not (options.logprobs or options.token_ids or options.continuous_usage or options.tool_names)
+        self._parsers = [ToolCallParser(options.tool_names) for _ in range(options.num_choices)]
         self._around_text: dict[int, tuple[bytes, bytes]] = {}  # choice -> bytes of its events
         self._held: list[bytes] = []  # events of tokens behind which others were ready
 
@@ -137,7 +145,7 @@ class StreamAnswer:
             self._held.append(self._text_event(token))
         else:
             logprobs = [_logprob_entry(token)] if self._options.logprobs else None
-            delta = _delta(token.reasoning, token.text)
+            delta = _delta(token.reasoning, *self._divide(token.choice, token.text))
             chunk = self._chunk(token.choice, delta, logprobs=logprobs, token_ids=[token.token_id])
             self._held += map(sse.data, [*await self._begin(), chunk])
         if not is_more_ready or len(self._held) >= _MAX_HELD_EVENTS:
@@ -155,12 +163,23 @@ class StreamAnswer:
     async def on_finished(self, finished: Finished) -> None:
         self._num_open -= 1
         chunks = await self._begin()
-        if finished.reasoning or finished.text:
-            chunks.append(self._chunk(finished.choice, _delta(finished.reasoning, finished.text)))
-        chunks.append(self._chunk(finished.choice, {}, finish_reason=finished.finish_reason))
+        text, calls = self._divide(finished.choice, finished.text, is_end=True)
+        if finished.reasoning or text or calls:
+            chunks.append(self._chunk(finished.choice, _delta(finished.reasoning, text, calls)))
+        reason = _finish_reason(finished.finish_reason, self._parsers[finished.choice].num_calls)
+        chunks.append(self._chunk(finished.choice, {}, finish_reason=reason))
         if self._num_open == 0 and not self._options.include_usage:
             self._add_metrics(chunks[-1])
         await self._send(chunks)
+
+    def _divide(self, choice: int, text: str, *, is_end: bool = False) -> Divided:
+        """Text and calls of a token, or of all that was held back."""
+        if not self._options.tool_names:
+            return text, []
+        parser = self._parsers[choice]
+        said, calls = parser.push(text)
+        rest, last = parser.flush() if is_end else ("", [])
+        return said + rest, calls + last
 
     async def end(self) -> None:
         """Send what follows the last choice, and close the stream."""
@@ -245,8 +264,30 @@ def envelope(exchange: Exchange, model: str, kind: str, prefix: str = "chatcmpl"
     }
 
 
-def _delta(reasoning: str, text: str) -> dict[str, Any]:
+def _divide_whole(text: str, options: AnswerOptions) -> tuple[str, list[dict[str, Any]]]:
+    """Text and calls of a whole reply, as ``message`` has them."""
+    if not options.tool_names:
+        return text, []
+    parser = ToolCallParser(options.tool_names)
+    (said, pieces), (rest, last) = parser.push(text), parser.flush()
+    calls: list[dict[str, Any]] = []
+    for piece in pieces + last:
+        if piece.id is not None:
+            calls.append({name: value for name, value in piece.delta().items() if name != "index"})
+        else:
+            calls[piece.index]["function"]["arguments"] += piece.arguments
+    return said + rest, calls
+
+
+def _finish_reason(reason: str | None, num_calls: int) -> str | None:
+    return "tool_calls" if num_calls and reason == "stop" else reason
+
+
+def _delta(reasoning: str, text: str, calls: Sequence[CallPiece] = ()) -> dict[str, Any]:
     """A token without any text is one of the content, as every client expects it."""
+    if calls:
+        said = {"tool_calls": [piece.delta() for piece in calls]}
+        return said | ({"content": text} if text else {}) | (_reasoning(reasoning) if reasoning else {})
     if not reasoning:
         return {"content": text}
     return {**_reasoning(reasoning), "content": text} if text else _reasoning(reasoning)

@@ -78,12 +78,18 @@ def _wishes(outputs: dict[str, msgspec.Raw]) -> dict[str, bytes]:
 
 
 def _of_schema(text: bytes, param: str) -> Grammar:
+    load_schema(text, param)
+    return Grammar(json_schema=text.decode(), param=param)
+
+
+def load_schema(text: bytes, param: str) -> dict[str, Any]:
+    """A JSON schema as it is written. Raises InvalidRequest: malformed, too large or too deep."""
     if len(text) > MAX_SCHEMA_BYTES:
         raise InvalidRequest(f"a schema may have at most {MAX_SCHEMA_BYTES} bytes", param=param)
     schema = _decode(text, dict[str, Any], param)
     if _is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise InvalidRequest(f"a schema may be nested at most {MAX_SCHEMA_DEPTH} levels deep", param=param)
-    return Grammar(json_schema=text.decode(), param=param)
+    return schema
 
 
 def _of_regex(regex: str, param: str) -> Grammar:

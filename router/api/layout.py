@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Final
 
 from common.service.errors import InvalidRequest
-from protos.language_pb2 import ChatMessage, ContentPart, ImageBlock, ImagePiece
+from protos.language_pb2 import ChatMessage, ContentPart, ImageBlock, ImagePiece, ToolCall
 from router.api.media_parts import ImagePart, Medium, VideoPart
 from router.api.messages import ReadMessage, ReadPart
 
@@ -34,7 +34,8 @@ class Layout:
         if message.role == "user" and images and _num_markers(message.parts):
             parts = self._at_markers(message, images)
             return ChatMessage(role=message.role, parts=parts, inline_images=True)
-        return ChatMessage(role=message.role, parts=self._in_place(message.parts))
+        calls = [ToolCall(name=call.name, arguments=call.arguments or "{}") for call in message.calls]
+        return ChatMessage(role=message.role, parts=self._in_place(message.parts), tool_calls=calls)
 
     def _in_place(self, parts: Sequence[ReadPart]) -> Iterator[ContentPart]:
         """Every block where its part stands."""

@@ -8,7 +8,7 @@ from common.service.errors import InvalidRequest
 from protos.status_pb2 import ModelInfo
 from router.api.media_parts import ImagePart, MediaReader, Medium, VideoPart, check_num_items
 from router.api.named_media import MediaNames
-from router.api.schemas import ChatCompletionRequest, Message, Part
+from router.api.schemas import ChatCompletionRequest, FunctionCall, Message, Part
 from router.api.tiles import TileBudgets
 from router.media import NOTHING_FETCHED
 from router.settings import RouterSettings
@@ -25,6 +25,7 @@ class ReadMessage:
     role: str
     parts: Sequence[ReadPart]
     param: str  # of its content, for error messages
+    calls: Sequence[FunctionCall] = ()  # behind its parts
 
 
 def read_messages(
@@ -63,18 +64,17 @@ def media_of(messages: Iterable[ReadMessage]) -> list[Medium]:
 
 
 def _read(message: Message, param: str, reader: MediaReader) -> ReadMessage:
-    if message.tool_calls:
-        raise InvalidRequest(
-            "tool calls are not supported by this server", code="unsupported_parameter", param=f"{param}.tool_calls"
-        )
+    calls = [call.function for call in message.tool_calls or []]
+    if calls and message.role != "assistant":
+        raise InvalidRequest("only assistants call tools", param=f"{param}.tool_calls")
     param = f"{param}.content"
-    if message.content is None:
+    if message.content is None and not calls:
         raise InvalidRequest("content is required", param=param)
     role = _ROLES.get(message.role, message.role)
-    if isinstance(message.content, str):
-        return ReadMessage(role, [message.content], param)
+    if message.content is None or isinstance(message.content, str):
+        return ReadMessage(role, [message.content] if message.content is not None else [], param, calls)
     parts = [_read_part(part, f"{param}[{index}]", reader) for index, part in enumerate(message.content)]
-    return ReadMessage(role, parts, param)
+    return ReadMessage(role, parts, param, calls)
 
 
 def _read_part(part: Part, param: str, reader: MediaReader) -> ReadPart:

@@ -32,6 +32,7 @@ FrameCount = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 FramesPerSecond = Annotated[float, Meta(ge=-1, le=1000)]
 Threshold = Annotated[float, Meta(ge=0, le=1)]
 Frames = Annotated[list[str], Meta(min_length=1)]
+ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}\Z")]
 
 
 class ImageUrl(Struct):
@@ -63,12 +64,29 @@ class Part(Struct):
     uuid: Uuid | None = None
 
 
+class FunctionCall(Struct):
+    """What was called; ``arguments`` is text that should hold a JSON object."""
+
+    name: ToolName
+    arguments: str
+
+
+class ToolCall(Struct):
+    """One of ``tool_calls`` of an earlier turn, as an answer of ours had it."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
 class Message(Struct):
-    """One turn."""
+    """One turn. Results of tools come in the order of their calls; ids and names change nothing."""
 
     role: Role
     content: str | Annotated[list[Part], Meta(min_length=1, max_length=1024)] | None = None
-    tool_calls: list[Raw] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=1024)] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 class StreamOptions(Struct):
@@ -92,6 +110,35 @@ class ResponseFormat(Struct):
 
     type: str
     json_schema: JsonSchema | None = None
+
+
+class Function(Struct):
+    """A function that may be called. Without ``parameters`` it has none; ``strict``: arguments satisfy them."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: Annotated[Raw, Meta(extra_json_schema={"type": "object"})] = field(default_factory=lambda: NULL)
+    strict: bool | None = None
+
+
+class Tool(Struct):
+    """Something the model may ask the client to do."""
+
+    type: str
+    function: Function | None = None
+
+
+class FunctionName(Struct):
+    """Which one."""
+
+    name: ToolName
+
+
+class ToolChoice(Struct):
+    """A tool that must be called."""
+
+    type: str
+    function: FunctionName | None = None
 
 
 class ProcessorKwargs(Struct, forbid_unknown_fields=True):
@@ -159,6 +206,9 @@ class ChatCompletionRequest(Struct):
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Raw] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: str | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     separate_reasoning: bool | None = None
     ignore_eos: bool | None = None
@@ -178,14 +228,11 @@ class ChatCompletionRequest(Struct):
     priority: Annotated[int, Meta(ge=-128, le=127)] | None = None
     cache_salt: Annotated[str, Meta(max_length=128)] | None = None
     user: Annotated[str, Meta(max_length=256)] | None = None
-    parallel_tool_calls: bool | None = None
 
 
 # Fields that would change or constrain the output and that nothing here can honour yet, with the values that ask for
 # nothing. Everything else in them is refused: a 200 with free text would be a lie.
 UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "bad_words": ([],),
@@ -230,7 +277,7 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
 _T = TypeVar("_T")
 StructT = TypeVar("StructT", bound=Struct)
 # Tools that may not be called change nothing.
-_NEEDLESS: Final[Mapping[str, str]] = {"tools": "tool_choice", "functions": "function_call"}
+_NEEDLESS: Final[Mapping[str, str]] = {"functions": "function_call"}
 
 _top_level = msgspec.json.Decoder(dict[str, Raw])
 _chat = msgspec.json.Decoder(ChatCompletionRequest)

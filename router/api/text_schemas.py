@@ -123,6 +123,8 @@ UNSUPPORTED_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
     "truncate_prompt_tokens": (),
     "response_format": ({"type": "text"},),
     "structured_outputs": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "dvd": ({},),
 }
 _tokenize = msgspec.json.Decoder(TokenizeRequest)

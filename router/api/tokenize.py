@@ -98,6 +98,7 @@ class TokenizeEndpoint(TextEndpoint):
             messages=translated.generate.messages,
             num_tiles=[image.num_tiles for image in translated.images],
             thinking=translated.generate.thinking,
+            tools=translated.generate.tools,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from blake3 import blake3
 
 from common.service.errors import InvalidRequest
-from protos.language_pb2 import GenerateRequest, ImageRef
+from protos.language_pb2 import GenerateRequest, Grammar, ImageRef
 from protos.status_pb2 import ModelInfo
 from protos.vision_pb2 import VirOptions
 from router.affinity import prefix_key
@@ -19,6 +19,7 @@ from router.api.media_parts import Medium
 from router.api.messages import ReadMessage
 from router.api.sampling import translate_sampling
 from router.api.schemas import ChatCompletionRequest
+from router.api.tools import translate_tools
 from router.api.vir import resolve_vir
 from router.identity import hash_features, hash_image
 from router.record import Deadline
@@ -58,6 +59,7 @@ def translate(
     placed = [layout.lay_out(message) for message in messages]
     vir = resolve_vir(request, model, settings, len(layout.media))
     images = _identify(layout.media, vir, model, scope)
+    tools = translate_tools(request)
     generate = GenerateRequest(
         request_id=origin.request_id,
         messages=placed,
@@ -73,8 +75,10 @@ def translate(
         cache_scope=scope,
         priority=request.priority or 0,
         thinking=bool(request.chat_template_kwargs and request.chat_template_kwargs.enable_thinking),
+        tools=tools.offered,
     )
-    if generate.thinking and generate.sampling.HasField("grammar"):
+    _set_grammar(generate, tools.grammar, may_call=bool(tools.offered))
+    if generate.thinking and _has_given_form(generate):
         message = "a reply of a given form cannot begin with thoughts: say enable_thinking or a form, not both"
         raise InvalidRequest(message, param="chat_template_kwargs.enable_thinking")
     if generate.ByteSize() > MAX_PROMPT_BYTES:
@@ -95,6 +99,21 @@ def _identify(media: Sequence[Medium], vir: VirOptions | None, model: ModelInfo,
         )
         for medium, image_hash in zip(media, hashes, strict=True)
     ]
+
+
+def _set_grammar(generate: GenerateRequest, of_calls: Grammar | None, *, may_call: bool) -> None:
+    """A reply is either of the given form or free to call tools."""
+    sampling = generate.sampling
+    if may_call and sampling.HasField("grammar"):
+        message = "tools and a form of the reply cannot both be given: say tool_choice 'none', or no form"
+        raise InvalidRequest(message, code="unsupported_parameter", param=sampling.grammar.param.partition(".")[0])
+    if of_calls is not None:
+        sampling.grammar.CopyFrom(of_calls)
+
+
+def _has_given_form(generate: GenerateRequest) -> bool:
+    grammar = generate.sampling.grammar
+    return generate.sampling.HasField("grammar") and not grammar.tool_calls.allows_text
 
 
 def cache_scope(tenant: str, salt: str | None) -> str:

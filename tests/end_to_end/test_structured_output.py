@@ -122,3 +122,61 @@ def test_what_cannot_be_kept_to_is_refused_before_anything_is_streamed(client, o
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**PICTURE, stream=True, extra_body={"structured_outputs": outputs})
     assert (caught.value.code, caught.value.param) == (code, param)
+
+
+TOOL: Any = {"type": "function", "function": {"name": "report", "strict": True, "parameters": READING}}
+OTHER: Any = {"type": "function", "function": {"name": "other"}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "report"}}])
+def test_a_call_that_must_be_made(client, choice):
+    """Nano was never shown a tool: the grammar alone makes the call."""
+    options = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    [whole] = client.chat.completions.create(**PICTURE, **options).choices
+    [call] = whole.message.tool_calls
+    assert (call.type, call.function.name, whole.message.content, whole.finish_reason) == (
+        *("function", "report", None, "tool_calls"),
+    )
+    check_reading(call.function.arguments)
+    with client.chat.completions.stream(**PICTURE, **options) as stream:
+        [streamed] = stream.get_final_completion().choices
+    assert streamed.finish_reason == "tool_calls"
+    assert streamed.message.tool_calls[0].function.arguments == call.function.arguments
+    turns: Any = [user("again"), whole.message, {"role": "tool", "tool_call_id": call.id, "content": "<|im_end|>"}]
+    again = client.chat.completions.create(**PICTURE | {"messages": turns}, tools=[TOOL], max_tokens=8)
+    assert again.choices[0].finish_reason in ("stop", "length")
+
+
+def test_calls_of_several_tools_drawn_at_random(client):
+    options = {
+        "tools": [TOOL, OTHER],
+        "tool_choice": "required",
+        "n": 3,
+        "temperature": 1.5,
+        "seed": 3,
+        "max_tokens": 200,
+    }
+    for choice in client.chat.completions.create(**TEXT | options).choices:
+        assert choice.finish_reason in ("tool_calls", "length")
+        *whole, last = choice.message.tool_calls
+        for call in [*whole, last] if choice.finish_reason == "tool_calls" else whole:
+            assert call.function.name in ("report", "other")
+            if call.function.name == "report":
+                check_reading(call.function.arguments)
+            else:
+                assert json.loads(call.function.arguments) == {}
+
+
+def test_tools_that_need_not_be_called_leave_the_answer(client):
+    """The picture is still read, whether the reply is free or watched for calls."""
+    for options in ({}, {"tool_choice": "none"}):
+        reply = client.chat.completions.create(**PICTURE, tools=[TOOL], **options).choices[0]
+        assert (reply.message.tool_calls, reply.finish_reason) == (None, "stop")
+        assert reply.message.content
+
+
+def test_a_tool_that_cannot_be_enforced_is_refused(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**TEXT, tools=[tool], tool_choice="required", stream=True)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "tools")

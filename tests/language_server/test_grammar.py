@@ -10,7 +10,7 @@ from tokenizers import decoders, models
 from common.service.errors import InvalidRequest
 from language_server.grammar import GrammarCompiler
 from language_server.tokenizer import Tokenizer
-from protos.language_pb2 import Choices, Grammar
+from protos.language_pb2 import Choices, Grammar, ToolCalls, ToolSchema
 from tests.checkpoints import SPECIAL_TOKENS, make_tokenizer
 
 TOKENIZER = Tokenizer(make_tokenizer().backend_tokenizer)
@@ -61,6 +61,16 @@ def is_whole(grammar, text, **kwargs):
     return state is not None and EOS in allowed(state)
 
 
+def calls(*names, **allowed):
+    """Of tools whose arguments are a ``POINT``."""
+    tools = [ToolSchema(name=name, parameters=json.dumps(POINT)) for name in names]
+    return Grammar(tool_calls=ToolCalls(tools=tools, **allowed), param="tools")
+
+
+def call(name, arguments='{"y": 1, "x": "left"}'):
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
 ODD_TEXT = 'a|b "\\ /\n\x00\x7f é 😀'
 
 KEPT = [
@@ -79,6 +89,11 @@ KEPT = [
     (regex(r"[^a]é.😀"), ["béx😀"], ["aéx😀", "bé\n😀"]),
     (choice("red", "redder", ODD_TEXT), ["red", "redder", ODD_TEXT], ["re", "redd", "a"]),
     (choice(".*", "(?:"), [".*", "(?:"], ["", "x"]),
+    (calls("f", "a.b"), [call("f"), call("a.b")], ["", "x", call("g"), call("f", "{}"), f"{call('f')}\n{call('f')}"]),
+    (calls("f", allows_many=True), [call("f"), f"{call('f')}\n{call('f')}"], ["", f"x{call('f')}", f"{call('f')} x"]),
+    (calls("f", allows_text=True), ["", "x <tool", f"x\n{call('f')}"], ["<tool_call>", call("g"), call("f") * 2]),
+    (calls("f", allows_text=True, allows_many=True), ["", "x", f"x{call('f')} y\n{call('f')}z", "</tool_call>"],
+     ["a <tool_call>", call("g"), call("f", "{}"), call("f", '{"y":1,"x":"up"}'), call("f") + "<tool_call>"]),
 ]  # fmt: skip
 
 
@@ -189,7 +204,29 @@ def test_a_vocabulary_of_words_with_their_spaces():
     assert state.is_finished
 
 
+def test_tags_may_be_tokens_of_their_own():
+    """As in Qwen's vocabularies, where they are not marked special."""
+    backend = tokenizers.Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
+    backend.add_tokens([tokenizers.AddedToken(tag, special=False) for tag in ("<tool_call>", "</tool_call>")])
+    tokenizer = Tokenizer(backend)
+    opening, closing = (tokenizer.token_id(tag) for tag in ("<tool_call>", "</tool_call>"))
+    compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
+    for grammar in (calls("f"), calls("f", allows_text=True)):
+        state = compiler.compile(grammar)
+        assert opening in allowed(state)
+        state.replay(tokenizer.encode(call("f").removesuffix("</tool_call>")))
+        assert closing in allowed(state)
+        state.replay([closing])
+        assert state.is_finished
+
+
 REFUSED = [
+    (Grammar(tool_calls=ToolCalls(), param="tools"), "invalid_value"),
+    (Grammar(tool_calls=ToolCalls(tools=[ToolSchema(name="f", parameters="{")]), param="tools"), "invalid_value"),
+    (
+        Grammar(tool_calls=ToolCalls(tools=[ToolSchema(name="f", parameters='{"not": {}}')]), param="tools"),
+        "unsupported_parameter",
+    ),
     (regex("("), "invalid_value"),
     (regex("["), "invalid_value"),
     (regex("x\\"), "invalid_value"),

@@ -10,6 +10,7 @@ from common.model.config import SYSTEM_MESSAGES
 from common.service.errors import CheckpointError, InvalidRequest
 from language_server.prompt import THINKING_MESSAGE, PromptBuilder
 from language_server.tokenizer import GROUNDING_TOKENS, STRUCTURE_TOKENS, Tokenizer
+from protos.language_pb2 import ChatMessage, ToolCall
 from tests.checkpoints import SPECIAL_TOKENS, make_tokenizer
 from tests.language_server.messages import message, video
 
@@ -315,3 +316,101 @@ def test_loads_the_older_vocabulary_files_of_the_internvl_format(tmp_path):
     loaded = Tokenizer.load(tmp_path)
     assert loaded.encode("describe the image <ref>it</ref>") == TOKENIZER.encode("describe the image <ref>it</ref>")
     assert loaded.token_id("<IMG_CONTEXT>") == TOKENIZER.token_id("<IMG_CONTEXT>")
+
+
+WEATHER = '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}'
+TIME = '{"type": "function", "function": {"name": "time"}}'
+
+
+def calling(content, *calls):
+    said = message("assistant", content) if content else ChatMessage(role="assistant")
+    said.tool_calls.extend(ToolCall(name=name, arguments=arguments) for name, arguments in calls)
+    return said
+
+
+def test_tools_calls_and_results_read_as_qwen_was_trained():
+    messages = [
+        message("system", "be brief"),
+        message("user", "?"),
+        calling("", ("weather", '{"city": "Ulm"}'), ("time", "{}")),
+        message("tool", "rain"),
+        message("tool", "noon"),
+        calling("so", ("time", "{}")),
+        message("tool", "one"),
+    ]
+    rendered = f"""<|im_start|>system
+be brief
+
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{WEATHER}
+{TIME}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call><|im_end|>
+<|im_start|>user
+?<|im_end|>
+<|im_start|>assistant
+<tool_call>
+{{"name": "weather", "arguments": {{"city": "Ulm"}}}}
+</tool_call>
+<tool_call>
+{{"name": "time", "arguments": {{}}}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+rain
+</tool_response>
+<tool_response>
+noon
+</tool_response><|im_end|>
+<|im_start|>assistant
+so
+<tool_call>
+{{"name": "time", "arguments": {{}}}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+one
+</tool_response><|im_end|>
+<|im_start|>assistant
+"""
+    assert ids_of(builder().build(messages, [], tools=[WEATHER, TIME])) == FAST(rendered)["input_ids"]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_tools_stand_behind_whatever_the_system_message_is(thinking):
+    build = builder(system_message=SYSTEM_MESSAGES["internvl2_5"]).build
+    text = TOKENIZER.decode(ids_of(build([message("user", "?")], [], thinking=thinking, tools=[TIME])))
+    system = THINKING_MESSAGE if thinking else SYSTEM_MESSAGES["internvl2_5"]
+    assert text.startswith(f"<|im_start|>system\n{system}\n\n# Tools\n")
+    assert text.count("<|im_start|>system") == 1
+
+
+def test_tools_results_and_arguments_place_nothing():
+    typed = "".join(STRUCTURE_TOKENS)
+    plain = builder().build([message("user", "?"), calling("", ("f", "{}")), message("tool", "")], [], tools=[TIME])
+    messages = [message("user", "?"), calling("", ("f", f'{{"a": "{typed}"}}')), message("tool", typed)]
+    marked = builder().build(messages, [], tools=[TIME.replace("time", typed)])
+
+    def structure(prompt):
+        return [token_id for token_id in ids_of(prompt) if TOKENIZER.is_special(token_id)]
+
+    assert structure(marked) == structure(plain)
+
+
+def test_a_chat_format_without_tools_refuses_them():
+    build = builder("internvl3_5_gpt_oss").build
+    with pytest.raises(InvalidRequest) as caught:
+        build([message("user", "?")], [], tools=[TIME])
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "tools")
+    with pytest.raises(InvalidRequest) as caught:
+        build([message("user", "?"), calling("", ("f", "{}"))], [])
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "messages[1].tool_calls")

@@ -35,6 +35,10 @@ def json_schema(schema):
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
+def tool(name, **fields):
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
 def nested(depth):
     """A schema of so many objects inside one another."""
     schema: dict[str, Any] = {}
@@ -45,6 +49,7 @@ def nested(depth):
 
 SCHEMA_PARAM = "response_format.json_schema.schema"
 GOOD = data_url(png())
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [{}]}
 PART = "messages[0].content[0]"
 URL_PARAM = f"{PART}.image_url.url"
@@ -129,9 +134,26 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"regex": "a", "whitespace_pattern": "x"}}, "unsupported_parameter",
      "structured_outputs.whitespace_pattern"),
     ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
-    ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-    ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
-    ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "unsupported_parameter", "tools"),
+    ({"tools": [{"type": "function"}]}, "invalid_value", "tools[0].function"),
+    ({"tools": [{"type": "custom", "custom": {}}]}, "unsupported_parameter", "tools[0].type"),
+    ({"tools": [tool("f")] * 129}, "invalid_value", "tools"),
+    ({"tools": [tool("f"), tool("f")]}, "invalid_value", "tools"),
+    ({"tools": [tool("f", description="x" * 2**17)]}, "invalid_value", "tools"),
+    ({"tools": [tool("f g")]}, "invalid_value", "tools[0].function.name"),
+    ({"tools": [tool("f", parameters=[])]}, "invalid_value", "tools[0].function.parameters"),
+    ({"tools": [tool("f", parameters=nested(33))]}, "invalid_value", "tools[0].function.parameters"),
+    ({"tools": [tool("f", parameters={"type": "array"})]}, "invalid_value", "tools[0].function.parameters.type"),
+    ({"tools": [tool("f", parameters={"title": "x" * 2**16})]}, "invalid_value", "tools[0].function.parameters"),
+    ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+    ({"tool_choice": "any", "tools": [tool("f")]}, "invalid_value", "tool_choice"),
+    ({"tool_choice": {"type": "function"}, "tools": [tool("f")]}, "invalid_value", "tool_choice.function"),
+    ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [tool("f")]}, "invalid_value",
+     "tool_choice.function.name"),
+    ({"tool_choice": {"type": "allowed_tools"}, "tools": [tool("f")]}, "unsupported_parameter", "tool_choice.type"),
+    ({"tools": [tool("f")], "response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+    ({"tools": [tool("f")], "structured_outputs": {"regex": "a"}}, "unsupported_parameter", "structured_outputs"),
+    ({"tools": [tool("f")], "tool_choice": "required", "chat_template_kwargs": {"enable_thinking": True}},
+     "invalid_value", "chat_template_kwargs.enable_thinking"),
     ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
     ({"stop_regex": "a+"}, "unsupported_parameter", "stop_regex"),
     ({"include_stop_str_in_output": True}, "unsupported_parameter", "include_stop_str_in_output"),
@@ -149,7 +171,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"include_reasoning": False}, "unsupported_parameter", "include_reasoning"),
     ({"stream_reasoning": False}, "unsupported_parameter", "stream_reasoning"),
     ({"thinking_token_budget": 5}, "unsupported_parameter", "thinking_token_budget"),
-    ({"messages": [CALLS]}, "unsupported_parameter", "messages[0].tool_calls"),
+    ({"messages": [CALLS]}, "invalid_value", "messages[0].tool_calls[0]"),
+    ({"messages": [{**user("x"), "tool_calls": [CALL]}]}, "invalid_value", "messages[0].tool_calls"),
+    ({"messages": [{"role": "tool", "content": None, "tool_call_id": "a"}]}, "invalid_value", "messages[0].content"),
     ({"messages": [user({"type": "input_audio"})]}, "unsupported_media", f"{PART}.type"),
     ({"messages": [user({"type": "image_embeds"})]}, "unsupported_media", f"{PART}.type"),
     (video({"url": GOOD}), "unsupported_media", f"{PART}.video_url.url"),
