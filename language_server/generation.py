@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from common.service import metrics, tracing
 from common.service.errors import Cancelled, DeadlineExceeded, DvdError, InvalidRequest, Overloaded
+from language_server.bad_words import BadWords
 from language_server.choice import Choice
 from language_server.detokenizer import IncrementalDetokenizer
 from language_server.engine import StepOutput
@@ -115,6 +116,7 @@ class Generation:
         self._news = asyncio.Event()
         self._is_closed = False
         self._size = PromptSize()
+        self._bad_words = BadWords()
 
     async def events(self) -> AsyncIterator[GenerateEvent]:
         """One Admitted, then Tokens, then one Finished per choice that had none on another server.
@@ -137,6 +139,7 @@ class Generation:
         keys = [ImageKey(image.mm_hash, image.max_num_tokens) for image in request.images]
         backend.features.check(keys)
         prompt = await self._tokenise()
+        self._bad_words = BadWords.of(request.sampling.bad_words, backend.tokenizer.encode)
         self._check_context(prompt, sum(layout.min_num_tokens(key.max_num_tokens) for key in keys))
         self._grammars = await self._compile_grammar(continuations)
         lease = await self._reserve(prompt, keys)
@@ -319,7 +322,7 @@ class Generation:
         tile_tokens = lease.tile_tokens
         ids, spans = prompt.lay_out(tile_tokens, lease.tile_hashes)
         self._size = PromptSize.of(len(ids), request.images, [sum(sizes) for sizes in tile_tokens])
-        sampling = sampling_params(request, len(ids), backend.max_model_len)
+        sampling = sampling_params(request, len(ids), backend.max_model_len, self._bad_words)
         prelude = self._end_prelude()
         samplings = for_each_choice(sampling, request.sampling.n)
         for index, token_ids in continuations.items():

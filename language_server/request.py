@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 from typing import Final, TypeAlias
 
 from common.service.errors import InvalidRequest
+from language_server.bad_words import BadWords
 from language_server.sequence import SamplingParams
 from protos.language_pb2 import GenerateRequest
 from protos.language_pb2 import SamplingParams as Wanted
@@ -19,6 +20,8 @@ REQUEST_ID_BYTES: Final = 16
 MM_HASH_BYTES: Final = 32
 MAX_SEED: Final = 2**63
 MAX_STOP_STRINGS: Final = 16
+MAX_BAD_WORDS: Final = 128
+MAX_BAD_WORD_CHARS: Final = 256
 MAX_TOP_LOGPROBS: Final = 20
 MAX_GRAMMAR_BYTES: Final = 2**17
 
@@ -102,6 +105,9 @@ def _check_ranges(sampling: Wanted, vocab_size: int) -> None:
         raise InvalidRequest(f"top_logprobs is out of range: {sampling.top_logprobs}", param="top_logprobs")
     if not all(math.isfinite(bias) and abs(bias) <= _MAX_BIAS for bias in sampling.logit_bias.values()):
         raise InvalidRequest(f"a bias is not between -{_MAX_BIAS:g} and {_MAX_BIAS:g}", param="logit_bias")
+    if len(sampling.bad_words) > MAX_BAD_WORDS or any(len(word) > MAX_BAD_WORD_CHARS for word in sampling.bad_words):
+        message = f"more than {MAX_BAD_WORDS} words, or one of more than {MAX_BAD_WORD_CHARS} characters"
+        raise InvalidRequest(message, param="bad_words")
     if len(sampling.stop) > MAX_STOP_STRINGS or not all(sampling.stop):
         raise InvalidRequest("too many stop strings, or an empty one", param="stop")
 
@@ -120,7 +126,9 @@ def check_context(num_prompt_tokens: int, max_model_len: int, *, may_be_longer: 
         )
 
 
-def sampling_params(request: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> SamplingParams:
+def sampling_params(
+    request: GenerateRequest, num_prompt_tokens: int, max_model_len: int, bad_words: BadWords
+) -> SamplingParams:
     """The request's sampling, ``max_tokens`` clamped to the room that the prompt leaves.
 
     Raises:
@@ -144,6 +152,7 @@ def sampling_params(request: GenerateRequest, num_prompt_tokens: int, max_model_
         stop_token_ids=frozenset(wanted.stop_token_ids),
         ignore_eos=wanted.ignore_eos,
         logit_bias=dict(wanted.logit_bias),
+        bad_words=bad_words,
         logprobs=wanted.top_logprobs if wanted.logprobs else None,
     )
 

@@ -23,6 +23,7 @@ from language_server.transfer import to_device, to_host
 
 _NUM_CANDIDATES = 1024  # a full sort of a large vocabulary is slow on a CPU, and hardly ever needed
 _NEGATIVE_INFINITY = float("-inf")
+_NEVER = -1e30  # so small that any other token is chosen, and still the one that a constraint leaves
 _NOT_A_NUMBER = -1  # in place of a token id
 
 
@@ -98,6 +99,8 @@ class Sampler:
             if sampling.logit_bias:
                 ids = to_device(list(sampling.logit_bias), logits.device)
                 logits[row, ids] += to_device(list(sampling.logit_bias.values()), logits.device, logits.dtype)
+            if ids_of_bad_words := sampling.bad_words.forbidden(sequence.output_token_ids):
+                logits[row, to_device(ids_of_bad_words, logits.device)] = _NEVER
             if sequence.constraint is None and len(sequence.output_token_ids) < sampling.min_tokens:
                 stops = sorted(self._eos_token_ids | sampling.stop_token_ids)
                 logits[row, to_device(stops, logits.device)] = _NEGATIVE_INFINITY

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
+from language_server.bad_words import BadWords
 from language_server.image_spans import ImageSpans
 
 UNKNOWN_TOKEN: Final = -1
@@ -34,6 +35,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: BadWords = field(default_factory=BadWords)
     logprobs: int | None = None  # None: off, else how many top logprobs come with each token
 
     @property
@@ -166,6 +168,7 @@ class Sequence:
             self.constraint is not None
             or sampling.has_penalties
             or sampling.may_keep_any_number
+            or sampling.bad_words.needs_history
             or sampling.logprobs is not None
         )
 

@@ -44,6 +44,7 @@ def translate_sampling(request: ChatCompletionRequest, model: ModelInfo, setting
         ignore_eos=bool(request.ignore_eos),
         skip_special_tokens=request.skip_special_tokens is not False,
         logit_bias=request.logit_bias or {},
+        bad_words=_bad_words(request),
         logprobs=bool(request.logprobs),
         top_logprobs=request.top_logprobs or 0,
         grammar=translate_grammar(request),
@@ -69,6 +70,14 @@ def _check_vocabulary(request: ChatCompletionRequest, model: ModelInfo) -> None:
             raise InvalidRequest(f"token ids are below {size}", param=f"stop_token_ids[{index}]")
     if any(token_id >= size for token_id in request.logit_bias or {}):
         raise InvalidRequest(f"token ids are below {size}", param="logit_bias")
+
+
+def _bad_words(request: ChatCompletionRequest) -> list[str]:
+    words = request.bad_words or []
+    for index, word in enumerate(words):
+        if not word.strip():
+            raise InvalidRequest("a word has more than blanks", param=f"bad_words[{index}]")
+    return words
 
 
 def _first(*values: int | None) -> int | None:

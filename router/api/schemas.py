@@ -24,6 +24,7 @@ Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}\Z")]
 Uuid = Annotated[str, Meta(pattern=r"^[\x20-\x7e]{1,128}\Z")]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -204,6 +205,7 @@ class ChatCompletionRequest(Struct):
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=16)] | None = None
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=128)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Raw] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
@@ -235,7 +237,6 @@ class ChatCompletionRequest(Struct):
 UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "bad_words": ([],),
     "allowed_token_ids": (),
     "logits_processors": ([],),
     "chat_template": (),

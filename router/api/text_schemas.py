@@ -13,6 +13,7 @@ from common.service.errors import InvalidRequest
 from router.api.schemas import (
     NULL,
     UNSUPPORTED,
+    BadWord,
     ChatCompletionRequest,
     ClientId,
     Int64,
@@ -85,6 +86,7 @@ class CompletionRequest(Struct):
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=16)] | None = None
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=128)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None

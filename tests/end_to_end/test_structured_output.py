@@ -180,3 +180,12 @@ def test_a_tool_that_cannot_be_enforced_is_refused(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**TEXT, tools=[tool], tool_choice="required", stream=True)
     assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "tools")
+
+
+def test_a_bad_word_is_not_said(client):
+    [text] = ask(client)
+    word = text.split()[-1]
+    reply = client.chat.completions.create(**PICTURE, extra_body={"bad_words": [word]}, max_tokens=40)
+    assert reply.choices[0].message.content != text
+    assert f" {word}" not in reply.choices[0].message.content
+    assert ask(client) == [text]

@@ -9,6 +9,7 @@ import torch
 
 from common.service.errors import InternalError, InvalidRequest
 from language_server import sampler as sampler_module
+from language_server.bad_words import BadWords
 from language_server.sampler import Sampler, uniform
 from language_server.sequence import SamplingParams, Sequence
 from tests.language_server.constraints import Steps
@@ -249,3 +250,20 @@ def test_a_mask_may_be_longer_than_the_vocabulary():
     sequence = greedy()
     sequence.constraint = Steps({5, 200}, vocab_size=224)
     assert token_ids(RISING, sequence) == [5]
+
+
+def test_a_bad_word_is_never_completed():
+    words = BadWords([[4, 15], [14], [0, 1, 2]])
+    assert token_ids(RISING, greedy(bad_words=words)) == [15]
+    assert token_ids(RISING, greedy(bad_words=words, outputs=[4])) == [13]
+    drawn = draw(torch.zeros(VOCAB), 300, bad_words=BadWords([[0, 15], [14]]))
+    assert 14 not in drawn and drawn[15] <= 1, "only the first one has no 0 before it"
+    assert draw(RISING, 200, top_k=1, bad_words=words).keys() == {15}
+    assert draw(RISING, 200, min_p=0.9, bad_words=BadWords([[15], [14]])).keys() == {13}
+
+
+def test_a_constraint_that_leaves_nothing_but_a_bad_word_gets_it():
+    words = BadWords([[14], [15]])
+    assert token_ids(RISING, constrained(14, temperature=0.0, bad_words=words)) == [14]
+    assert token_ids(RISING, constrained(14, bad_words=words)) == [14]
+    assert token_ids(RISING, constrained(3, 14, bad_words=words)) == [3]
