@@ -1,7 +1,7 @@
 """Words that a reply may not hold, as sequences of tokens of which the last one is never chosen.
 
-vLLM's rule: a word is spelled as the tokenizer spells it, at the beginning of a text and behind a space - also where that
-takes another number of tokens. A model that spells it in other tokens is not stopped. Knows nothing of logits.
+vLLM's rule: a word is spelled as the tokenizer spells it, at the beginning of a text and behind a space - here also if
+that takes another number of tokens. A model that spells it in other tokens is not stopped. Knows nothing of logits.
 """
 
 from collections import defaultdict

@@ -113,6 +113,14 @@ class RouterSettings(ServerSettings):
     body_read_timeout: Seconds = Field(30.0, description="seconds a client has to send its body")
     slow_reader_timeout: Seconds = Field(30.0, description="seconds a client may leave its answer unread")
 
+    sse_keep_alive_interval: float = Field(
+        0.0,
+        ge=0,
+        le=600,
+        description="seconds of silence after which a stream gets a comment, also before the first token: the status"
+        " 200 goes with it, and errors behind it are events; 0: never",
+    )
+
     max_num_queued_reqs: Count = Field(1024, description="text-only requests waiting for their first token")
     max_num_queued_image_reqs: Count = Field(
         512,

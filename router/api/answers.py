@@ -7,17 +7,19 @@ what a model thinks: it goes under both names that clients look for, SGLang's ``
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from protos.language_pb2 import Finished, Token, TokenLogprob
 from router.admission import Slot
 from router.api import sse
+from router.api.event_stream import EventStream
 from router.api.exchange import Exchange
-from router.api.patience import Patience
 from router.api.schemas import ChatCompletionRequest
 from router.api.tool_calls import CallPiece, Divided, ToolCallParser
 from router.api.tools import callable_names
+from router.settings import RouterSettings
 
 _CONTENT: Final = b'"content":'
 _MAX_HELD_EVENTS: Final = 64
@@ -37,7 +39,8 @@ class AnswerOptions:
     tool_names: frozenset[str]  # of tools that the reply may call
     metrics: bool
     headers: Mapping[str, str]
-    patience: Patience
+    slow_reader_timeout: float
+    keep_alive_interval: float
 
     @classmethod
     def of(
@@ -45,9 +48,8 @@ class AnswerOptions:
         request: ChatCompletionRequest,
         *,
         model: str,
-        metrics: bool,
         headers: Mapping[str, str],
-        slow_reader_timeout: float,
+        settings: RouterSettings,
     ) -> "AnswerOptions":
         options = request.stream_options
         return cls(
@@ -58,9 +60,19 @@ class AnswerOptions:
             include_usage=bool(options and options.include_usage),
             continuous_usage=bool(options and options.continuous_usage_stats),
             tool_names=callable_names(request),
-            metrics=metrics,
+            metrics=settings.enable_per_request_metrics,
             headers=headers,
-            patience=Patience(slow_reader_timeout),
+            slow_reader_timeout=settings.slow_reader_timeout,
+            keep_alive_interval=settings.sse_keep_alive_interval,
+        )
+
+    def stream(self, exchange: Exchange) -> EventStream:
+        """Where events go."""
+        return EventStream(
+            exchange,
+            self.headers,
+            slow_reader_timeout=self.slow_reader_timeout,
+            keep_alive_interval=self.keep_alive_interval,
         )
 
 
@@ -131,6 +143,7 @@ class StreamAnswer:
         self._exchange = exchange
         self._slot = slot
         self._options = options
+        self.stream = options.stream(exchange)
         self._envelope = envelope(exchange, options.model, "chat.completion.chunk")
         self._num_open = options.num_choices
         self._has_begun = False
@@ -147,7 +160,7 @@ class StreamAnswer:
             logprobs = [_logprob_entry(token)] if self._options.logprobs else None
             delta = _delta(token.reasoning, *self._divide(token.choice, token.text))
             chunk = self._chunk(token.choice, delta, logprobs=logprobs, token_ids=[token.token_id])
-            self._held += map(sse.data, [*await self._begin(), chunk])
+            self._held += map(sse.data, [*self._begin(), chunk])
         if not is_more_ready or len(self._held) >= _MAX_HELD_EVENTS:
             await self._flush()
 
@@ -162,7 +175,7 @@ class StreamAnswer:
 
     async def on_finished(self, finished: Finished) -> None:
         self._num_open -= 1
-        chunks = await self._begin()
+        chunks = self._begin()
         text, calls = self._divide(finished.choice, finished.text, is_end=True)
         if finished.reasoning or text or calls:
             chunks.append(self._chunk(finished.choice, _delta(finished.reasoning, text, calls)))
@@ -188,15 +201,14 @@ class StreamAnswer:
             chunk = {**self._envelope, "choices": [], "usage": self._exchange.record.usage()}
             self._add_metrics(chunk)
             last = sse.data(chunk)
-        await write_stream(self._exchange, self._options, last + sse.DONE, more_body=False)
+        await self.stream.write(last + sse.DONE, more_body=False)
 
-    async def _begin(self) -> list[dict[str, Any]]:
-        """Before the first chunk: status, headers, and the role of each choice."""
+    def _begin(self) -> list[dict[str, Any]]:
+        """Before the first chunk: the role of each choice."""
         if self._has_begun:
             return []
         self._has_begun = True
         self._slot.first_token()
-        await begin_stream(self._exchange, self._options)
         return [
             self._chunk(choice, {"role": "assistant", "content": ""}) for choice in range(self._options.num_choices)
         ]
@@ -236,22 +248,13 @@ class StreamAnswer:
     async def _flush(self) -> None:
         data = b"".join(self._held)
         self._held.clear()
-        await write_stream(self._exchange, self._options, data, more_body=True)
+        await self.stream.write(data)
 
 
-async def begin_stream(exchange: Exchange, options: AnswerOptions) -> None:
-    """Send the status and the headers of a stream."""
-    headers = {**sse.HEADERS, **options.headers}
-    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await exchange.send({"type": "http.response.start", "status": 200, "headers": raw})
-
-
-async def write_stream(exchange: Exchange, options: AnswerOptions, data: bytes, *, more_body: bool) -> None:
-    """Send a part of a stream. Raises Cancelled when the client does not read: the server's buffer is small, who fills
-    it stops us here, and is dropped after a while."""
-    await options.patience.wait(exchange.send({"type": "http.response.body", "body": data, "more_body": more_body}))
-    if not more_body:
-        options.patience.close()
+def kept_alive(answer: object) -> AbstractAsyncContextManager[None]:
+    """What a stream needs while tokens are waited for; a whole answer needs nothing."""
+    stream = getattr(answer, "stream", None)
+    return stream.kept_alive() if isinstance(stream, EventStream) else nullcontext()
 
 
 def envelope(exchange: Exchange, model: str, kind: str, prefix: str = "chatcmpl") -> dict[str, Any]:

@@ -25,7 +25,7 @@ from common.service.errors import (
 )
 from protos.status_pb2 import ModelInfo
 from router.admission import Admission, HeldBytes, Slot
-from router.api.answers import AnswerOptions, FullAnswer, StreamAnswer
+from router.api.answers import AnswerOptions, FullAnswer, StreamAnswer, kept_alive
 from router.api.exchange import Exchange
 from router.api.media_parts import MediaCount
 from router.api.messages import ReadMessage, media_of, read_messages
@@ -33,6 +33,7 @@ from router.api.models import ModelList
 from router.api.named_media import NamedMedia
 from router.api.remote import fetch_media
 from router.api.schemas import ChatCompletionRequest, parse_chat
+from router.api.strict import unknown_inside
 from router.api.text_schemas import CompletionRequest
 from router.api.translate import Origin, cache_scope, translate
 from router.api.video import probe_lengths
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 LARGE_BODY_BYTES: Final = 4 * 2**20
 """Bodies above this are read in a thread, so that they do not hold up the tokens of others: at this size for 1.5 ms."""
 _MAX_NAMED_FIELDS: Final = 10
-_UNCLEAN: Final = re.compile(r"[^A-Za-z0-9_.-]")
+_UNCLEAN: Final = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
 class BodyEndpoint(abc.ABC):
@@ -220,6 +221,7 @@ class ChatEndpoint(BodyEndpoint):
         exchange.record.stage = "admit"
         is_large = len(body) > LARGE_BODY_BYTES
         parsed, ignored = await in_thread_if(is_large, parse_chat, body)
+        ignored += await in_thread_if(is_large, unknown_inside, exchange.headers, body, ChatCompletionRequest)
         del body  # as large as all images together; the answer may take minutes
         name_request(exchange, parsed)
         refuse_ignored(exchange, ignored)
@@ -238,7 +240,8 @@ class ChatEndpoint(BodyEndpoint):
             slot.weigh(request.num_prompt_tokens, exchange.record.num_tiles)
             answer = self._make_answer(exchange, parsed, slot, ignored_header(ignored))
             del parsed  # likewise: it still holds every image in base64
-            await self._pipeline.run(request, answer, exchange.record)
+            async with kept_alive(answer):
+                await self._pipeline.run(request, answer, exchange.record)
             await answer.end()
 
     def _make_answer(
@@ -247,9 +250,8 @@ class ChatEndpoint(BodyEndpoint):
         options = AnswerOptions.of(
             parsed,
             model=self._models.name_for(parsed.model),
-            metrics=self._settings.enable_per_request_metrics,
             headers=headers,
-            slow_reader_timeout=self._settings.slow_reader_timeout,
+            settings=self._settings,
         )
         return StreamAnswer(exchange, slot, options) if parsed.stream else FullAnswer(exchange, slot, options)
 

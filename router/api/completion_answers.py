@@ -4,7 +4,6 @@ A request may have several prompts, each of which may have several choices: choi
 ``p * n + c``. For the servers, the bounds and the metrics each prompt is a request of its own.
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 from protos.language_pb2 import Finished, Token
 from router.admission import Slot
 from router.api import sse
-from router.api.answers import AnswerOptions, begin_stream, envelope, write_stream
+from router.api.answers import AnswerOptions, envelope
 from router.api.exchange import Exchange
 from router.record import RequestRecord
 
@@ -141,13 +140,12 @@ class StreamCompletion:
         self._exchange = exchange
         self._asked = asked
         self._options = options
+        self.stream = options.stream(exchange)
         self._envelope = envelope(exchange, options.model, _KIND, "cmpl")
         echoes = [prompt.echo for prompt in asked for _ in range(options.num_choices)]
         self._logprobs = [_Logprobs(len(echo)) for echo in echoes]
         self._echoes = echoes  # still to be sent
         self._num_open = len(echoes)
-        self._has_begun = False
-        self._writing = asyncio.Lock()  # prompts are answered at the same time
 
     async def on_token(self, prompt: int, token: Token) -> None:
         self._asked[prompt].slot.first_token()
@@ -177,7 +175,7 @@ class StreamCompletion:
             if self._options.metrics:
                 chunk["metrics"] = _metrics(self._asked)
             last = sse.data(chunk)
-        await write_stream(self._exchange, self._options, last + sse.DONE, more_body=False)
+        await self.stream.write(last + sse.DONE, more_body=False)
 
     def _chunk(self, index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
         echo, self._echoes[index] = self._echoes[index], ""
@@ -195,11 +193,7 @@ class StreamCompletion:
         return chunk
 
     async def _send(self, chunk: dict[str, Any]) -> None:
-        async with self._writing:
-            if not self._has_begun:
-                self._has_begun = True
-                await begin_stream(self._exchange, self._options)
-            await write_stream(self._exchange, self._options, sse.data(chunk), more_body=True)
+        await self.stream.write(sse.data(chunk))
 
 
 def _usage(asked: Sequence[AskedPrompt]) -> dict[str, Any]:

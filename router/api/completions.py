@@ -7,10 +7,11 @@ from contextlib import ExitStack
 
 from common.service.errors import InvalidRequest
 from router.admission import HeldBytes
-from router.api.answers import AnswerOptions
+from router.api.answers import AnswerOptions, kept_alive
 from router.api.chat import LARGE_BODY_BYTES, BodyEndpoint, ignored_header, in_thread_if, name_request, refuse_ignored
 from router.api.completion_answers import AskedPrompt, CompletionAnswer, FullCompletion, PromptAnswer, StreamCompletion
 from router.api.exchange import Exchange
+from router.api.strict import unknown_inside
 from router.api.text_schemas import CompletionRequest, TextPrompt, parse_completion
 from router.api.translate import Origin
 from router.api.translate_text import check_num_choices, prompt_params, translate_completion, with_param
@@ -26,6 +27,7 @@ class CompletionEndpoint(BodyEndpoint):
         exchange.record.stage = "admit"
         is_large = len(body) > LARGE_BODY_BYTES
         parsed, prompts, ignored = await in_thread_if(is_large, parse_completion, body)
+        ignored += await in_thread_if(is_large, unknown_inside, exchange.headers, body, CompletionRequest)
         del body
         name_request(exchange, parsed)
         refuse_ignored(exchange, ignored)
@@ -50,7 +52,8 @@ class CompletionEndpoint(BodyEndpoint):
             for prompt, request in zip(asked, requests, strict=True):
                 prompt.slot.weigh(request.num_prompt_tokens, 0)
             answer = self._make_answer(exchange, parsed, asked, ignored_header(ignored))
-            await self._run(requests, asked, answer)
+            async with kept_alive(answer):
+                await self._run(requests, asked, answer)
             await answer.end()
 
     def _make_answer(
@@ -63,9 +66,8 @@ class CompletionEndpoint(BodyEndpoint):
         options = AnswerOptions.of(
             parsed.as_chat(),
             model=self._models.name_for(parsed.model),
-            metrics=self._settings.enable_per_request_metrics,
             headers=headers,
-            slow_reader_timeout=self._settings.slow_reader_timeout,
+            settings=self._settings,
         )
         return StreamCompletion(exchange, asked, options) if parsed.stream else FullCompletion(exchange, asked, options)
 

@@ -81,13 +81,17 @@ class ToolCall(Struct):
 
 
 class Message(Struct):
-    """One turn. Results of tools come in the order of their calls; ids and names change nothing."""
+    """One turn. Results of tools come in the order of their calls: ids and names change nothing, nor does what an
+    answer of ours has beside content and calls."""
 
     role: Role
     content: str | Annotated[list[Part], Meta(min_length=1, max_length=1024)] | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=1024)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    refusal: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
 
 
 class StreamOptions(Struct):

@@ -1,7 +1,7 @@
 """Server-sent events: the bytes of one event (API.md section 4).
 
-One token is one event: benchmark tools measure the time between events, and merging would hide stalls. No comments are
-ever sent, since some of them parse every line as JSON.
+One token is one event: benchmark tools measure the time between events, and merging would hide stalls. Comments are
+sent only where the operator wants them, since some of those tools parse every line as JSON.
 """
 
 from typing import Any, Final
@@ -14,6 +14,7 @@ HEADERS: Final = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+KEEP_ALIVE: Final = b": keep-alive\n\n"
 encode: Final = msgspec.json.Encoder().encode
 
 

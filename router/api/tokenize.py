@@ -12,6 +12,7 @@ from router.api.chat import LARGE_BODY_BYTES, BodyEndpoint, ignored_header, in_t
 from router.api.exchange import Exchange
 from router.api.media_parts import MediaCount
 from router.api.schemas import ChatCompletionRequest
+from router.api.strict import unknown_inside
 from router.api.text_schemas import TokenizeRequest, parse_detokenize, parse_tokenize
 from router.api.translate_text import raw_prompt, with_param
 from router.language_search import LanguageSearch
@@ -65,6 +66,8 @@ class TokenizeEndpoint(TextEndpoint):
     async def _answer(self, exchange: Exchange, body: bytes, held: HeldBytes) -> None:
         is_large = len(body) > LARGE_BODY_BYTES
         parsed, chat, ignored = await in_thread_if(is_large, parse_tokenize, body)
+        if chat is not None:
+            ignored += await in_thread_if(is_large, unknown_inside, exchange.headers, body, ChatCompletionRequest)
         del body
         refuse_ignored(exchange, ignored)
         model = self._check_model(parsed.model)

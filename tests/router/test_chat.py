@@ -259,6 +259,57 @@ async def test_unknown_fields_are_named_and_in_strict_mode_refused(system):
     assert strict.json()["error"]["param"] == "frobnicate"
 
 
+STRAY: list[tuple[dict[str, Any], str | None]] = [
+    ({"messages": [{**user("x"), "nmae": "a"}]}, "messages[0].nmae"),
+    (
+        {"messages": [user("x", {"type": "text", "text": "a", "cache_control": {}})]},
+        "messages[0].content[1].cache_control",
+    ),
+    (
+        {"messages": [user({"type": "image_url", "image_url": {"url": data_url(png()), "Detail\n": "low"}})]},
+        "messages[0].content[0].image_url.Detail?",
+    ),
+    ({"stream": True, "stream_options": {"include": True}}, "stream_options.include"),
+    ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "params": {}}}]}, "tools[0].function.params"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}]}, None),
+    ({"messages": [{**user("x"), "nmae": None, "reasoning": "a", "refusal": None, "name": "b"}]}, None),
+    ({"structured_outputs": {"disable_fallback": True}, "logit_bias": {"1": 1}}, None),
+]
+
+
+async def test_unknown_fields_inside_are_refused_in_strict_mode_only(system):
+    for fields, param in STRAY:
+        body = {"messages": [user("x")], **fields}
+        assert (await system.http.post(CHAT, json=body)).status_code == 200, body
+        strict = await system.http.post(CHAT, json=body, headers={"X-Dvd-Strict": "1"})
+        assert strict.status_code == (200 if param is None else 400), strict.text
+        if param is not None:
+            assert (strict.json()["error"]["code"], strict.json()["error"]["param"]) == ("unsupported_parameter", param)
+
+
+async def test_a_silent_stream_is_kept_alive():
+    """Comments come before the first token, too; what goes wrong behind them is an event."""
+    async with running_system(sse_keep_alive_interval=0.02) as system:
+        system.language.at_token.is_open.clear()
+        for fails in (False, True):
+            asked = asyncio.create_task(system.chat(stream=True))
+            await asyncio.sleep(0.2)
+            system.language.fail_after = (0, InvalidRequest("no")) if fails else None
+            system.language.at_token.is_open.set()
+            response = await asked
+            system.language.at_token.is_open.clear()
+            assert response.text.startswith(": keep-alive\n\n: keep-alive\n\n")
+            assert (response.status_code, "event: error" in response.text) == (200, fails)
+            assert events(response.text)[-1] == "[DONE]"
+        completion = asyncio.create_task(system.http.post("/v1/completions", json={"prompt": "a", "stream": True}))
+        await asyncio.sleep(0.1)
+        system.language.fail_after = None
+        system.language.at_token.is_open.set()
+        assert (await completion).text.startswith(": keep-alive\n\n")
+        assert (await system.chat()).json()["choices"][0]["message"]["content"] == "user: hello"
+
+
 async def test_error_after_the_first_token_is_an_event(system):
     system.language.fail_after = (1, Unavailable("gone"))
     response = await system.chat(stream=True)
