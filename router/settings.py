@@ -19,6 +19,7 @@ MIB = 2**20
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+_PROXY: Final = re.compile(r"http://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 _OVERLOAD_STATUSES: Final = (429, 503, 529)
 MediumBytes = Annotated[int, Field(ge=1, le=MAX_MESSAGE_BYTES - MIB)]
 """What fits into one call to a vision server, with everything that goes along."""
@@ -96,10 +97,18 @@ class RouterSettings(ServerSettings):
         description="bytes of media that clients gave a uuid to, kept so that later turns may leave them out; 0: none",
     )
     allow_media_urls: bool = Field(False, description="fetch images and videos from public https: URLs")
+    allow_private_media: bool = Field(
+        False, description="hosts of --allowed-media-domains may be of your own network: names and addresses"
+    )
     allowed_media_domains: list[str] = Field(
         [],
         description="fetch them, but only from these hosts, comma separated: HOST or HOST:PORT, and no others where a"
         " redirect leads",
+    )
+    media_egress_proxy: str | None = Field(
+        None,
+        description="fetch through this proxy, http://HOST:PORT; it looks names up itself, so that only hosts of"
+        " --allowed-media-domains can be asked",
     )
     media_fetch_timeout: Seconds = Field(5.0, description="seconds one fetch may take, redirects included")
     max_media_fetches: Count = Field(32, description="fetches at a time")
@@ -189,13 +198,27 @@ class RouterSettings(ServerSettings):
 
     @field_validator("allowed_media_domains")
     @classmethod
-    def _check_domains(cls, entries: list[str]) -> list[str]:
+    def _check_domains(cls, entries: list[str], info: ValidationInfo) -> list[str]:
         for entry in entries:
             try:
-                parse_domain(entry)
+                parse_domain(entry, may_be_inside=bool(info.data.get("allow_private_media")))
             except ValueError as error:
                 raise ConfigError(f"--allowed-media-domains {entry[:64]}: {error}") from None
         return entries
+
+    @field_validator("media_egress_proxy")
+    @classmethod
+    def _check_proxy(cls, proxy: str | None) -> str | None:
+        if proxy is not None and _PROXY.fullmatch(proxy) is None:
+            raise ValueError("http://HOST:PORT is expected")
+        return proxy
+
+    @model_validator(mode="after")
+    def _check_media_hosts(self) -> "RouterSettings":
+        for name in ("allow_private_media", "media_egress_proxy"):
+            if getattr(self, name) and not self.allowed_media_domains:
+                raise ValueError(f"{name} needs allowed_media_domains: the hosts it is for")
+        return self
 
     @model_validator(mode="after")
     def _check_tile_budget(self) -> "RouterSettings":

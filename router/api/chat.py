@@ -164,6 +164,7 @@ class BodyEndpoint(abc.ABC):
             deadline=self._deadline(exchange),
         )
         fetched = await fetch_media(parsed, self._fetcher, self._settings, held, origin.deadline)
+        fetched_at = time.monotonic()
         is_large = is_large or sum(map(len, fetched.values())) > LARGE_BODY_BYTES
         names = self._named_media.of(cache_scope(origin.tenant, parsed.cache_salt))
         messages: list[ReadMessage]
@@ -175,8 +176,7 @@ class BodyEndpoint(abc.ABC):
         request = await in_thread_if(is_large, translate, parsed, messages, origin, model, self._settings)
         if request.images:
             exchange.record.media_seconds = time.monotonic() - started_at
-            num_bytes = sum(len(image.data) for image in request.images)
-            tracing.span("media.fetch", started_at, time.monotonic(), scheme="data", bytes=num_bytes)
+            _tell_sent(request, fetched, fetched_at)
             exchange.record.num_tiles = sum(image.num_tiles for image in request.images)
         return request
 
@@ -254,6 +254,14 @@ class ChatEndpoint(BodyEndpoint):
             settings=self._settings,
         )
         return StreamAnswer(exchange, slot, options) if parsed.stream else FullAnswer(exchange, slot, options)
+
+
+def _tell_sent(request: ChatRequest, fetched: Mapping[str, bytes], since: float) -> None:
+    """A span of what came with the request; what was fetched has one for each URL."""
+    of_urls = {id(data) for data in fetched.values()}
+    sizes = [len(image.data) for image in request.images if id(image.data) not in of_urls]
+    if sizes:
+        tracing.span("media.fetch", since, time.monotonic(), scheme="data", bytes=sum(sizes))
 
 
 async def _wait_disconnect(receive: Receive) -> None:

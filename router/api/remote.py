@@ -1,10 +1,11 @@
 """Media that a request names by ``https:`` URL: fetched before its messages are read, each URL once, all at a time."""
 
 import asyncio
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from common.service import metrics
+from common.service import metrics, tracing
 from common.service.errors import DeadlineExceeded, RequestTooLarge
 from router.admission import HeldBytes
 from router.api.media_parts import check_num_items
@@ -48,15 +49,19 @@ async def fetch_media(
     allowance = _Allowance(held, settings.max_body_bytes)
     try:
         async with asyncio.timeout(deadline.remaining()), asyncio.TaskGroup() as group:
-            fetches = {
-                url: group.create_task(fetcher.fetch(url, item.max_bytes, item.param, allowance.take))
-                for url, item in wanted.items()
-            }
+            fetches = {url: group.create_task(_fetch(fetcher, url, item, allowance)) for url, item in wanted.items()}
     except BaseExceptionGroup as errors:
         raise cause_of(errors) from None
     except TimeoutError:
         raise DeadlineExceeded("the request's time is used up") from None
     return {url: fetch.result() for url, fetch in fetches.items()}
+
+
+async def _fetch(fetcher: MediaFetcher, url: str, wanted: _Wanted, allowance: "_Allowance") -> bytes:
+    started_at = time.monotonic()
+    data = await fetcher.fetch(url, wanted.max_bytes, wanted.param, allowance.take)
+    tracing.span("media.fetch", started_at, time.monotonic(), scheme="https", bytes=len(data))
+    return data
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
 """The one place where the router asks strangers for something: the bytes behind an ``https:`` URL.
 
 httpcore speaks HTTP and TLS. It is given neither a pool nor an environment: every connection is new, made to an address
-that was checked for it, and carries one request without cookies, credentials or proxies. Redirects are followed here,
-each checked like the first URL. Knows nothing of images and requests.
+that was checked for it, and carries one request without cookies or credentials. Redirects are followed here, each
+checked like the first URL. Through a proxy, which looks names up itself, only listed hosts are asked for. Knows nothing
+of images and requests.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from weakref import WeakValueDictionary
 import httpcore
 
 from common.service import metrics
-from common.service.errors import InvalidRequest, MediaFetchFailed, RequestTooLarge
+from common.service.errors import ConfigError, InvalidRequest, MediaFetchFailed, RequestTooLarge
 from router.fetch.policy import Blocked, FetchPolicy, Target, parse_domain
 from router.fetch.resolver import SystemResolver
 from router.media import blocked_url
@@ -62,6 +63,7 @@ class MediaFetcher:
     Args:
         resolve: how names become addresses.
         tls: whom to believe; default: what the system and certifi believe.
+        proxy: ``http://HOST:PORT`` through which everything goes; the environment's never count.
     """
 
     def __init__(
@@ -70,11 +72,15 @@ class MediaFetcher:
         limits: FetchLimits,
         resolve: Resolve | None = None,
         tls: ssl.SSLContext | None = None,
+        proxy: str | None = None,
     ) -> None:
+        if proxy is not None and not policy.domains:
+            raise ConfigError("a proxy needs a list of hosts: nobody here sees what their names stand for")
         self._policy = policy
         self._limits = limits
         self._resolve = resolve or SystemResolver()
         self._tls = tls or httpcore.default_ssl_context()
+        self._proxy = proxy
         self._turns = asyncio.Semaphore(limits.max_fetches)
         self._host_turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
@@ -83,8 +89,10 @@ class MediaFetcher:
         """What the operator allows; nothing by default."""
         if not (settings.allow_media_urls or settings.allowed_media_domains):
             return None
-        policy = FetchPolicy(frozenset(map(parse_domain, settings.allowed_media_domains)))
-        return cls(policy, FetchLimits(settings.media_fetch_timeout, max_fetches=settings.max_media_fetches))
+        inside = settings.allow_private_media
+        domains = frozenset(parse_domain(entry, may_be_inside=inside) for entry in settings.allowed_media_domains)
+        limits = FetchLimits(settings.media_fetch_timeout, max_fetches=settings.max_media_fetches)
+        return cls(FetchPolicy(domains, inside), limits, proxy=settings.media_egress_proxy)
 
     async def fetch(self, url: str, max_bytes: int, param: str, take: Callable[[int], None]) -> bytes:
         """The bytes behind a URL, at least one.
@@ -112,7 +120,7 @@ class MediaFetcher:
             raise blocked_url(param) from None
         except (TimeoutError, httpcore.TimeoutException):
             raise _rejected("timeout", MediaFetchFailed(_FAILED, param=param)) from None
-        except (_OriginFailed, httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
+        except _FAILURES as error:
             log.debug("a media server failed: %s", type(error).__name__)
             raise _rejected("origin", MediaFetchFailed(_FAILED, param=param)) from None
         metrics.MEDIA_BYTES.labels("https").inc(len(data))
@@ -137,8 +145,7 @@ class MediaFetcher:
         url = httpcore.URL(
             scheme=b"https", host=target.host.encode(), port=target.port, target=target.path.encode("ascii")
         )
-        backend = _CheckedBackend(self._policy, self._resolve)
-        connection = httpcore.AsyncHTTPConnection(url.origin, self._tls, network_backend=backend)
+        backend, connection = self._connection(url)
         extensions = {"timeout": {"connect": self._limits.connect_timeout}}  # the rest is bounded as a whole
         headers = [("Host", target.authority), *_HEADERS]
         async with (
@@ -150,6 +157,19 @@ class MediaFetcher:
             if response.status in _REDIRECTS and location:
                 return location
             return await body.read(response)
+
+    def _connection(
+        self, url: httpcore.URL
+    ) -> tuple["_Backend", httpcore.AsyncHTTPConnection | httpcore.AsyncHTTPProxy]:
+        """For one request: whoever connects, and what speaks over it."""
+        if self._proxy is None:
+            checked = _CheckedBackend(self._policy, self._resolve)
+            return checked, httpcore.AsyncHTTPConnection(url.origin, self._tls, network_backend=checked)
+        backend = _Backend()
+        proxied = httpcore.AsyncHTTPProxy(
+            self._proxy, ssl_context=self._tls, max_keepalive_connections=0, network_backend=backend
+        )
+        return backend, proxied
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +204,34 @@ class _Body:
         return _rejected("too_large", RequestTooLarge(message, param=self.param))
 
 
-class _CheckedBackend(httpcore.AnyIOBackend):
+class _Backend(httpcore.AnyIOBackend):
+    """Connects to what it is told, once: to the operator's proxy."""
+
+    def __init__(self) -> None:
+        self._stream: httpcore.AsyncNetworkStream | None = None
+
+    async def connect_tcp(self, *arguments: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        self._stream = await super().connect_tcp(*arguments, **options)
+        return self._stream
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        raise Blocked("a path")
+
+    async def aclose(self) -> None:
+        """httpcore leaves a connection open that is cancelled during its TLS handshake."""
+        if self._stream is not None:
+            await self._stream.aclose()
+
+
+class _CheckedBackend(_Backend):
     """Connects to addresses that were looked up and checked for this connection, and to nothing else."""
 
     def __init__(self, policy: FetchPolicy, resolve: Resolve) -> None:
+        super().__init__()
         self._policy = policy
         self._resolve = resolve
-        self._stream: httpcore.AsyncNetworkStream | None = None
 
     async def connect_tcp(
         self,
@@ -207,27 +248,17 @@ class _CheckedBackend(httpcore.AnyIOBackend):
             share = None if timeout is None else timeout / max(1, len(addresses))
             for address in addresses:
                 try:
-                    self._stream = await super().connect_tcp(address, port, share, local_address, socket_options)
+                    return await super().connect_tcp(address, port, share, local_address, socket_options)
                 except (httpcore.ConnectError, httpcore.ConnectTimeout):
                     continue
-                return self._stream
         raise httpcore.ConnectError("no address answers")
-
-    async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        raise Blocked("a path")
-
-    async def aclose(self) -> None:
-        """httpcore leaves a connection open that is cancelled during its TLS handshake."""
-        if self._stream is not None:
-            await self._stream.aclose()
 
 
 class _OriginFailed(Exception):
     """The other server said something that is no answer."""
 
 
+_FAILURES: Final = (_OriginFailed, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError, OSError)
 _FAILED: Final = "the media behind this URL could not be fetched"
 
 

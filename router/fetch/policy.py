@@ -21,7 +21,7 @@ _URL: Final = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _HOST: Final = re.compile(
-    r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)+(?P<top>[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)"
+    r"(?P<labels>(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*)(?P<top>[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)"
 )
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 """As the last label it makes an IPv4 address of a name, in some parsers: 127.1, 0x7f.1, 2130706433."""
@@ -54,6 +54,13 @@ _NOT_PUBLIC_V4: Final = tuple(
         ),
     )
 )
+_PRIVATE: Final[tuple[IPv4Network | IPv6Network, ...]] = (
+    *map(IPv4Network, ("10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")),
+    *map(IPv6Network, ("::1/128", "fc00::/7")),
+)
+"""Of these an operator may allow some hosts."""
+_NEVER: Final = (IPv4Network("100.100.100.200/32"), IPv6Network("fd00:ec2::254/128"))
+"""Private by their numbers, and where clouds tell machines their secrets."""
 _GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
 _NOT_PUBLIC_V6: Final = tuple(map(IPv6Network, ("2001::/23", "2001:db8::/32", "3fff::/20")))
 _NAT64: Final = IPv6Network("64:ff9b::/96")
@@ -87,9 +94,11 @@ class FetchPolicy:
 
     Args:
         domains: (host, port) of the only servers that may be asked; empty: every public one, at the usual port.
+        allows_private: these may be of the operator's own network. Nothing without ``domains``.
     """
 
     domains: frozenset[tuple[str, int]] = frozenset()
+    allows_private: bool = False
 
     def parse(self, url: str) -> Target:
         """Check a URL. Raises Blocked."""
@@ -97,7 +106,7 @@ class FetchPolicy:
         match = _URL.fullmatch(url)
         if match is None:
             raise Blocked("not https://HOST/PATH")
-        host, port = _normalise(match["host"]), int(match["port"] or HTTPS_PORT)
+        host, port = _normalise(match["host"], self._may_be_inside), int(match["port"] or HTTPS_PORT)
         if not self._is_allowed(host, port):
             raise Blocked("a host or a port that is not on the list")
         target = match["target"] or "/"
@@ -113,24 +122,29 @@ class FetchPolicy:
         return self.parse(url)
 
     def check(self, addresses: Sequence[str]) -> None:
-        """What a name stands for: all of it must be public. Raises Blocked."""
+        """What a name stands for: all of it must be allowed. Raises Blocked."""
         if not all(self.may_connect(ip_address(address)) for address in addresses):
-            raise Blocked("an address that is not public")
+            raise Blocked("an address that is not allowed")
 
     def may_connect(self, address: IPv4Address | IPv6Address) -> bool:
-        return is_public(address)
+        return is_public(address) or (self._may_be_inside and is_private(address))
+
+    @property
+    def _may_be_inside(self) -> bool:
+        return self.allows_private and bool(self.domains)
 
     def _is_allowed(self, host: str, port: int) -> bool:
         return (host, port) in self.domains if self.domains else port == HTTPS_PORT
 
 
-def parse_domain(entry: str) -> tuple[str, int]:
-    """``HOST`` or ``HOST:PORT``, as on the command line. Raises ValueError."""
+def parse_domain(entry: str, may_be_inside: bool = False) -> tuple[str, int]:
+    """``HOST`` or ``HOST:PORT``, as on the command line; ``may_be_inside``: a name of an own network, too. Raises
+    ValueError."""
     match = _DOMAIN.fullmatch(entry)
     port = int(match["port"] or HTTPS_PORT) if match else 0
     if match is None or not 1 <= port <= 65535:
         raise ValueError("HOST or HOST:PORT is expected")
-    return _normalise(match["host"]), port
+    return _normalise(match["host"], may_be_inside), port
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
@@ -141,6 +155,15 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     if isinstance(address, IPv4Address):
         return not _is_in(address, _NOT_PUBLIC_V4)
     return address in _GLOBAL_UNICAST and not _is_in(address, _NOT_PUBLIC_V6)
+
+
+def is_private(address: IPv4Address | IPv6Address) -> bool:
+    """Whether it belongs to an own network or this machine. What a cloud answers its machines at is link-local, and
+    never among these."""
+    inner = _carried_by(address)
+    if inner is not None:
+        return is_private(inner)
+    return _is_in(address, _PRIVATE) and not _is_in(address, _NEVER)
 
 
 def _check_characters(url: str) -> None:
@@ -164,7 +187,7 @@ def _is_in(address: IPv4Address | IPv6Address, networks: Iterable[IPv4Network | 
     return any(address in network for network in networks)
 
 
-def _normalise(host: str) -> str:
+def _normalise(host: str, may_be_inside: bool) -> str:
     """A host's name in ASCII and lower case. Raises Blocked, also for one written as a number."""
     host = host.lower()
     if len(host) > _MAX_HOST_CHARS:  # before IDNA looks at it
@@ -175,6 +198,8 @@ def _normalise(host: str) -> str:
         except (idna.IDNAError, UnicodeError):
             raise Blocked("not a name") from None
     match = _HOST.fullmatch(host)
-    if match is None or len(host) > _MAX_HOST_CHARS or _NUMBER.fullmatch(match["top"]) or match["top"] in _INSIDE:
+    if match is None or len(host) > _MAX_HOST_CHARS or _NUMBER.fullmatch(match["top"]):
+        raise Blocked("not a name")
+    if not may_be_inside and (not match["labels"] or match["top"] in _INSIDE):
         raise Blocked("not the name of a public server")
     return host

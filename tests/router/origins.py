@@ -87,10 +87,12 @@ class Origin:
             raise OSError("no such name")
         return addresses
 
-    def fetcher(self, hosts: Sequence[str] = (*NAMES, "c.example.com"), **limits: Any) -> MediaFetcher:
+    def fetcher(
+        self, hosts: Sequence[str] = (*NAMES, "c.example.com"), proxy: str | None = None, **limits: Any
+    ) -> MediaFetcher:
         """One that may ask this server."""
         policy = LoopbackPolicy(frozenset((host, self.port) for host in hosts))
-        return MediaFetcher(policy, FetchLimits(**limits), self.resolve, self.authority.trusting)
+        return MediaFetcher(policy, FetchLimits(**limits), self.resolve, self.authority.trusting, proxy)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -143,4 +145,49 @@ async def serving_origin(authority: Authority) -> AsyncIterator[Origin]:
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await server.wait_closed()
+
+
+class Proxy:
+    """An operator's: looks nothing up, all names lead to one server. Refuses with ``status`` unless it is empty."""
+
+    def __init__(self, port: int) -> None:
+        self.url = ""
+        self.asked: list[str] = []
+        self.status = ""
+        self._port = port
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        self.asked.append(head.split("\r\n")[0])
+        if self.status:
+            writer.write(f"HTTP/1.1 {self.status}\r\n\r\n".encode())
+            writer.close()
+            return
+        to, back = await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        try:
+            await asyncio.gather(_pass_on(reader, back), _pass_on(to, writer))
+        finally:
+            back.close()
+            writer.close()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+@asynccontextmanager
+async def running_proxy(origin: Origin) -> AsyncIterator[Proxy]:
+    proxy = Proxy(origin.port)
+    server = await asyncio.start_server(proxy.serve, "127.0.0.1")
+    proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield proxy
+    finally:
+        server.close()
         await server.wait_closed()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.service.errors import ConfigError
-from router.fetch.fetcher import MediaFetcher
+from router.fetch.fetcher import FetchLimits, MediaFetcher
 from router.fetch.policy import Blocked, FetchPolicy, Target, is_public, parse_domain
 from router.settings import RouterSettings
 
@@ -180,6 +180,64 @@ def test_addresses_that_are_not_public(address):
 )
 def test_public_addresses(address):
     ANY.check([address, "1.1.1.1"])
+
+
+INSIDE = FetchPolicy(
+    frozenset({("minio", 443), ("files.corp.internal", 8443), ("allowed.com", 443)}), allows_private=True
+)
+PRIVATE = ["10.0.0.1", "172.31.0.1", "192.168.1.1", "100.64.0.1", "127.0.0.1", "::1", "fd12::1", "::ffff:10.0.0.1"]
+NEVER = [
+    *("169.254.169.254", "fe80::1", "100.100.100.200", "::ffff:100.100.100.200", "fd00:ec2::254", "168.63.129.16"),
+    *("0.0.0.0", "224.0.0.1", "::"),
+]
+
+
+def test_the_inside_needs_the_flag_and_a_place_on_the_list():
+    assert INSIDE.parse("https://minio/a.png").url == "https://minio/a.png"
+    assert INSIDE.parse("https://files.corp.internal:8443/").authority == "files.corp.internal:8443"
+    INSIDE.check([*PRIVATE, "8.8.8.8"])
+    for url in ("https://other/", "https://a.com/", "https://files.corp.internal/", "https://10.0.0.1/"):
+        with pytest.raises(Blocked):
+            INSIDE.parse(url)
+    for address in NEVER:
+        with pytest.raises(Blocked):
+            INSIDE.check([address])
+    for policy in (FetchPolicy(INSIDE.domains), FetchPolicy(allows_private=True)):
+        for address in PRIVATE:
+            with pytest.raises(Blocked):
+                policy.check([address])
+        with pytest.raises(Blocked):
+            policy.parse("https://minio/")
+
+
+@pytest.mark.parametrize("host", NUMBERS, ids=ascii)
+def test_no_flag_makes_a_name_of_a_number(host):
+    with pytest.raises(ValueError):
+        parse_domain(host, may_be_inside=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--allow-private-media", "--allow-media-urls"], "allowed_media_domains"),
+        (["--media-egress-proxy", "http://proxy:3128", "--allow-media-urls"], "allowed_media_domains"),
+        (["--media-egress-proxy", "https://proxy:1", "--allowed-media-domains", "a.com"], "http://HOST:PORT"),
+        (["--media-egress-proxy", "http://u:p@proxy:1", "--allowed-media-domains", "a.com"], "http://HOST:PORT"),
+        (["--media-egress-proxy", "http://proxy:1/x", "--allowed-media-domains", "a.com"], "http://HOST:PORT"),
+        (["--allowed-media-domains", "minio"], "--allowed-media-domains"),
+    ],
+)
+def test_what_reaches_further_needs_a_list(options, error):
+    with pytest.raises(ConfigError, match=error):
+        RouterSettings.load([*SERVERS, *options])
+    with pytest.raises(ConfigError):
+        MediaFetcher(ANY, FetchLimits(), proxy="http://proxy:3128")
+
+
+def test_settings_of_the_inside():
+    inside = ["--allow-private-media", "--allowed-media-domains", "minio:9000"]
+    settings = RouterSettings.load([*SERVERS, *inside, "--media-egress-proxy", "http://[::1]:3128"])
+    assert MediaFetcher.of(settings) is not None
 
 
 def test_settings():

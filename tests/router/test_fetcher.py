@@ -12,7 +12,7 @@ from common.service import metrics
 from common.service.errors import DvdError, InvalidRequest, MediaFetchFailed, Overloaded, RequestTooLarge
 from router.fetch.fetcher import FetchLimits, MediaFetcher
 from router.fetch.resolver import SystemResolver
-from tests.router.origins import LoopbackPolicy, moved, reply
+from tests.router.origins import LoopbackPolicy, moved, reply, running_proxy
 
 MAX_BYTES = 200_000
 
@@ -306,3 +306,21 @@ async def test_look_ups_that_are_stuck_hold_up_nobody_who_left():
 async def test_what_the_system_cannot_look_up():
     with pytest.raises(OSError, match="not a name"):
         await SystemResolver()("a" * 64, 443)
+
+
+async def test_a_proxy_is_asked_for_listed_hosts_only(origin):
+    origin.answers |= {"/1": moved(origin.url("/2", "b.example.com")), "/2": reply(b"here")}
+    origin.answers["/out"] = moved("https://d.com/")
+    async with running_proxy(origin) as proxy:
+        fetcher = origin.fetcher(proxy=proxy.url)
+        assert await fetch(fetcher, origin.url("/1")) == b"here"
+        names = [f"CONNECT {host}:{origin.port} HTTP/1.1" for host in ("a.example.com", "b.example.com")]
+        assert (proxy.asked, origin.resolved) == (names, [])
+        assert (await refused(fetcher, origin.url("/out"))).code == "media_url_blocked"
+        assert (await refused(fetcher, "https://d.com/")).code == "media_url_blocked"
+        assert len(proxy.asked) == 3
+        # The certificate is that of the host, not of the proxy.
+        assert isinstance(await refused(fetcher, origin.url("/2", "c.example.com")), MediaFetchFailed)
+        proxy.status = "403 Forbidden"
+        assert isinstance(await refused(fetcher, origin.url("/2")), MediaFetchFailed)
+    assert isinstance(await refused(fetcher, origin.url("/2")), MediaFetchFailed)  # it is gone

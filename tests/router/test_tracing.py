@@ -10,7 +10,8 @@ from opentelemetry.trace import StatusCode
 
 from common.service import tracing
 from common.service.errors import InternalError
-from tests.router.conftest import CHAT, png, user
+from tests.router.conftest import CHAT, png, running_system, user
+from tests.router.origins import reply
 
 TRACE, CALLER = "a" * 32, "b" * 16
 HEADERS = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "vendor=1"}
@@ -51,6 +52,21 @@ async def test_a_trace_is_carried_to_both_tiers(spans, system):
     assert fetch.parent.span_id == request.context.span_id
     assert dict(fetch.attributes) == {"scheme": "data", "bytes": len(png())}
     assert request.start_time <= fetch.start_time <= fetch.end_time <= request.end_time
+
+
+async def test_each_url_that_is_fetched_has_a_span(spans, origin):
+    origin.answers |= {"/red": reply(png("red")), "/blue": reply(png("blue"))}
+    async with running_system(fetcher=origin.fetcher(timeout=20)) as system:
+        urls = [{"type": "image_url", "image_url": origin.url(path)} for path in ("/red", "/blue", "/red")]
+        assert (await system.chat(messages=[user(*urls)])).status_code == 200
+        assert (await system.chat(messages=[user(urls[0], png("green"))])).status_code == 200
+    found: list[Any] = [
+        dict(span.attributes or {}) for span in spans.get_finished_spans() if span.name == "media.fetch"
+    ]
+    red, blue, green = (len(png(color)) for color in ("red", "blue", "green"))
+    assert sorted(span["bytes"] for span in found if span["scheme"] == "https") == sorted([red, blue, red])
+    assert [span["bytes"] for span in found if span["scheme"] == "data"] == [green]
+    assert "example.com" not in str(found)
 
 
 async def test_a_state_too_large_for_the_servers_is_left_out(spans, system):
