@@ -8,7 +8,7 @@ from common.service import metrics
 from common.service.errors import InvalidRequest
 from protos.status_pb2 import ModelInfo
 from protos.vision_pb2 import ProbeReply, TilingOptions
-from router.api.named_media import MediaNames
+from router.api.named_media import MediaNames, NamedFrames
 from router.api.schemas import ChatCompletionRequest, ImageUrl, Part, VideoUrl
 from router.api.tiles import FRAME, TileBudgets
 from router.api.video import FrameWish, resolve_frames
@@ -76,6 +76,7 @@ class MediaReader:
     names: MediaNames
     fetched: Mapping[str, bytes]
     num_pixels: int = 0
+    num_named: int = 0  # frames of named lists, beyond one for each
     limits: MediaLimits = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,16 +104,14 @@ class MediaReader:
         param = f"{param}.{part.type}"
         if part.type == "video":
             if part.video is None:
-                raise _missing("video", part, param)
-            self.names.unbind(part.uuid)
-            return VideoPart(self._frames(part.video, param))
+                return self._named_video(part, VideoUrl(), param)
+            return VideoPart(self._frames(part, part.video, param))
         source = VideoUrl(part.video_url) if isinstance(part.video_url, str) else part.video_url or VideoUrl()
         if source.frames is not None:
             _check_only_frames(source, param)
-            self.names.unbind(part.uuid)
-            return VideoPart(self._frames(source.frames, f"{param}.frames"))
+            return VideoPart(self._frames(part, source.frames, f"{param}.frames"))
         if source.url is None:
-            return VideoPart([self._named_video(part, source, param)])
+            return self._named_video(part, source, param)
         url_param = param if isinstance(part.video_url, str) else f"{param}.url"
         wish = resolve_frames(source, self.request, self.settings, param)
         data = load_video(source.url, self.limits, url_param, fetched=self.fetched)
@@ -127,32 +126,45 @@ class MediaReader:
         tiling = self.budgets.of(named.source if _says_nothing(source) else source, param)
         return self._price(named.image, tiling, param)
 
-    def _named_video(self, part: Part, source: VideoUrl, param: str) -> Medium:
-        """Likewise."""
+    def _named_video(self, part: Part, source: VideoUrl, param: str) -> VideoPart:
+        """Likewise. A list of frames is looked at as it is, now as then."""
         named = self.names.video(part.uuid)
         if named is None:
             raise _missing("video", part, param)
+        if isinstance(named, NamedFrames):
+            _check_only_frames(source, param)
+            self._count_named(len(named.images) - 1, param)
+            return VideoPart([self._frame(image, param) for image in named.images])
         said = named.source if _says_nothing(source) else source
-        return self._file(named.data, resolve_frames(said, self.request, self.settings, param), param)
+        return VideoPart([self._file(named.data, resolve_frames(said, self.request, self.settings, param), param)])
 
     def _file(self, data: bytes, wish: FrameWish, param: str) -> Medium:
         # No frame is cut: what the other options say of tiles is the same for all videos.
         tiling = TilingOptions(min_dynamic_patch=1, max_dynamic_patch=1, num_frames=wish.limit)
         return Medium(data, param, tiling, wish.limit, is_video=True, frames=None if wish.is_exact else wish)
 
-    def _frames(self, urls: Sequence[str], param: str) -> list[Medium]:
-        """Each is an ordinary image that is one tile."""
+    def _frames(self, part: Part, urls: Sequence[str], param: str) -> list[Medium]:
+        """All of a list."""
         limit = self.settings.max_video_frames
         if len(urls) > limit:
             metrics.MEDIA_REJECTED.labels("items").inc()
             raise InvalidRequest(f"at most {limit} frames are allowed", code="too_many_media_items", param=param)
-        media = []
-        for index, url in enumerate(urls):
-            tiling = self.budgets.of(FRAME, param)
-            medium = self._price(self._load(url, f"{param}[{index}]"), tiling, f"{param}[{index}]")
-            medium.is_video = True
-            media.append(medium)
+        params = [f"{param}[{index}]" for index in range(len(urls))]
+        images = [self._load(url, place) for url, place in zip(urls, params, strict=True)]
+        media = [self._frame(image, place) for image, place in zip(images, params, strict=True)]
+        self.names.bind_frames(part.uuid, images)
         return media
+
+    def _frame(self, image: CompressedImage, param: str) -> Medium:
+        """An ordinary image that is one tile."""
+        medium = self._price(image, self.budgets.of(FRAME, param), param)
+        medium.is_video = True
+        return medium
+
+    def _count_named(self, num_more: int, param: str) -> None:
+        """Frames of a name count like frames that are sent, which was not known before."""
+        self.num_named += num_more
+        check_limit(MediaCount.of(self.request).items + self.num_named, self.settings, param)
 
     def _load(self, url: str, param: str) -> CompressedImage:
         exif_orientation = self.settings.exif_orientation
@@ -179,11 +191,16 @@ class MediaReader:
 def check_num_items(request: ChatCompletionRequest, settings: RouterSettings) -> MediaCount:
     """Raises InvalidRequest: ``too_many_media_items``."""
     count = MediaCount.of(request)
-    if count.items > settings.max_media_items:
+    check_limit(count.items, settings, "messages")
+    return count
+
+
+def check_limit(num_items: int, settings: RouterSettings, param: str) -> None:
+    """Raises InvalidRequest: ``too_many_media_items``."""
+    if num_items > settings.max_media_items:
         metrics.MEDIA_REJECTED.labels("items").inc()
         message = f"at most {settings.max_media_items} images, videos and listed frames are allowed"
-        raise InvalidRequest(message, code="too_many_media_items", param="messages")
-    return count
+        raise InvalidRequest(message, code="too_many_media_items", param=param)
 
 
 def _num_items(part: Part) -> int:

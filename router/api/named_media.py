@@ -7,6 +7,7 @@ old features back. What was not named for longest is forgotten first.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +44,18 @@ class NamedVideo:
         return len(self.data)
 
 
+@dataclass(frozen=True, slots=True)
+class NamedFrames:
+    """A video that came as a list of its frames."""
+
+    images: Sequence[CompressedImage]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(image.data) + ENTRY_BYTES for image in self.images)
+
+
+_Named = NamedImage | NamedVideo | NamedFrames
 _Key = tuple[str, str]  # scope, name
 
 
@@ -55,7 +68,7 @@ class NamedMedia:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._media: OrderedDict[_Key, NamedImage | NamedVideo] = OrderedDict()  # the one named last at the end
+        self._media: OrderedDict[_Key, _Named] = OrderedDict()  # the one named last at the end
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -67,7 +80,7 @@ class NamedMedia:
         """The names of one scope."""
         return MediaNames(self, scope)
 
-    def _bind(self, key: _Key, medium: NamedImage | NamedVideo) -> None:
+    def _bind(self, key: _Key, medium: _Named) -> None:
         with self._lock:
             self._drop(key)
             num_bytes = medium.num_bytes + ENTRY_BYTES
@@ -78,11 +91,7 @@ class NamedMedia:
             self._media[key] = medium
             self._num_bytes += num_bytes
 
-    def _unbind(self, key: _Key) -> None:
-        with self._lock:
-            self._drop(key)
-
-    def _find(self, key: _Key) -> NamedImage | NamedVideo | None:
+    def _find(self, key: _Key) -> _Named | None:
         with self._lock:
             medium = self._media.get(key)
             if medium is not None:
@@ -114,22 +123,22 @@ class MediaNames:
         if name is not None:
             self._media._bind((self._scope, name), NamedVideo(data, msgspec.structs.replace(source, url=None)))
 
-    def unbind(self, name: str | None) -> None:
-        """``name`` is something now that is not kept."""
+    def bind_frames(self, name: str | None, images: Sequence[CompressedImage]) -> None:
+        """From now on ``name`` is this list."""
         if name is not None:
-            self._media._unbind((self._scope, name))
+            self._media._bind((self._scope, name), NamedFrames(images))
 
     def image(self, name: str | None) -> NamedImage | None:
         """None: no image of this scope, or forgotten."""
         found = self._find(name)
         return found if isinstance(found, NamedImage) else None
 
-    def video(self, name: str | None) -> NamedVideo | None:
-        """None: no video file of this scope, or forgotten."""
+    def video(self, name: str | None) -> NamedVideo | NamedFrames | None:
+        """None: no video of this scope, or forgotten."""
         found = self._find(name)
-        return found if isinstance(found, NamedVideo) else None
+        return None if isinstance(found, NamedImage) else found
 
-    def _find(self, name: str | None) -> NamedImage | NamedVideo | None:
+    def _find(self, name: str | None) -> _Named | None:
         found = None if name is None else self._media._find((self._scope, name))
         self.num_bytes_found += found.num_bytes if found is not None else 0
         return found

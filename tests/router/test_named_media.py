@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from openai import AsyncOpenAI, BadRequestError
 
-from router.api.named_media import ENTRY_BYTES, NamedMedia
+from router.api.named_media import ENTRY_BYTES, NamedFrames, NamedMedia
 from router.api.schemas import ImageUrl, VideoUrl
 from router.media import CompressedImage
 from tests.router.conftest import CHAT, System, error_of, png, running_system, user
@@ -45,8 +45,9 @@ def test_a_name_bound_again_is_the_new_medium_and_frees_the_old():
     names.bind_video("a", b"film", VideoUrl())
     assert names.image("a") is None
     assert names.video("a") is not None
-    names.unbind("a")
-    assert (names.video("a"), media.num_bytes) == (None, 0)
+    names.bind_frames("a", [picture(300), picture(200)])
+    assert isinstance(names.video("a"), NamedFrames)
+    assert (names.image("a"), media.num_bytes) == (None, 500 + 3 * ENTRY_BYTES)
 
 
 def test_what_does_not_fit_is_not_kept():
@@ -122,15 +123,36 @@ async def test_the_latest_medium_has_the_name(system):
     assert red != blue == again
 
 
-async def test_a_video_file_may_be_left_out_and_a_list_of_frames_not(system):
+async def test_a_video_may_be_left_out(system):
     left_out = {"type": "video_url", "uuid": "film"}
     sent = await ask(system, {**video(MP4, num_frames=4), "uuid": "film"})
     as_it_was = await ask(system, left_out)
     shorter = await ask(system, {**left_out, "video_url": {"num_frames": 2}})
     assert [tiles(request) for request in (sent, as_it_was, shorter)] == [[4], [4], [2]]
     assert await refused(system, {**AGAIN, "uuid": "film"}) == "messages[0].content[0].image_url"
-    await ask(system, {**frames(RED, BLUE), "uuid": "film"})
-    assert await refused(system, left_out) == "messages[0].content[0].video_url"
+    other = {"type": "video", "uuid": "film"}
+    assert tiles(await ask(system, other)) == [4]
+    assert await refused(system, {"type": "video", "uuid": "b"}) == "messages[0].content[0].video"
+    as_frames = await ask(system, {**frames(RED, BLUE), "uuid": "film"})
+    for part in (left_out, other):
+        again = await ask(system, part)
+        assert tiles(again) == [1, 1]
+        assert [image.mm_hash for image in again.images] == [image.mm_hash for image in as_frames.images]
+        assert all(image.is_video for image in again.images)
+    for name in ("num_frames", "fps"):
+        response = await system.chat(messages=[user({**left_out, "video_url": {name: 1}})])
+        assert error_of(response)["param"] == f"messages[0].content[0].video_url.{name}"
+    await ask(system, {"type": "video_url", "video_url": {"frames": frames(RED)["video"]}, "uuid": "film"})
+    assert tiles(await ask(system, other)) == [1]
+
+
+async def test_frames_of_a_name_count_like_frames_that_are_sent():
+    async with running_system(max_media_items=5) as system:
+        film = {"type": "video", "uuid": "film"}
+        await ask(system, {**frames(RED, BLUE), "uuid": "film"})
+        assert tiles(await ask(system, film, film, image(RED))) == [1, 1, 1, 1, 1]
+        error = error_of(await system.chat(messages=[user(film, film, film)]))
+        assert (error["code"], error["param"]) == ("too_many_media_items", "messages[0].content[2].video")
 
 
 async def test_a_name_means_nothing_to_others():
