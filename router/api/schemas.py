@@ -189,12 +189,10 @@ class DvdFields(Struct, forbid_unknown_fields=True):
     combine_images: bool | None = None
 
 
-class ChatCompletionRequest(Struct):
-    """The body of ``POST /v1/chat/completions``."""
+class GenerationFields(Struct):
+    """What means the same for chats and completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
     model: Annotated[str, Meta(max_length=1024)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -210,6 +208,23 @@ class ChatCompletionRequest(Struct):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=16)] | None = None
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
     bad_words: Annotated[list[BadWord], Meta(max_length=128)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    request_id: ClientId | None = None
+    rid: ClientId | None = None
+    priority: Annotated[int, Meta(ge=-128, le=127)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=128)] | None = None
+    user: Annotated[str, Meta(max_length=256)] | None = None
+
+
+class ChatCompletionRequest(GenerationFields, kw_only=True):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Raw] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
@@ -217,23 +232,13 @@ class ChatCompletionRequest(Struct):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     separate_reasoning: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     max_dynamic_patch: PositiveInt | None = None
     min_dynamic_patch: PositiveInt | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
     media_io_kwargs: MediaIo | None = None
     dvd: DvdFields | None = None
-    request_id: ClientId | None = None
-    rid: ClientId | None = None
-    priority: Annotated[int, Meta(ge=-128, le=127)] | None = None
-    cache_salt: Annotated[str, Meta(max_length=128)] | None = None
-    user: Annotated[str, Meta(max_length=256)] | None = None
 
 
 # Fields that would change or constrain the output and that nothing here can honour yet, with the values that ask for

@@ -13,14 +13,8 @@ from common.service.errors import InvalidRequest
 from router.api.schemas import (
     NULL,
     UNSUPPORTED,
-    BadWord,
     ChatCompletionRequest,
-    ClientId,
-    Int64,
-    Penalty,
-    PositiveInt,
-    StopString,
-    StreamOptions,
+    GenerationFields,
     TokenId,
     decode,
     parse_body,
@@ -67,44 +61,17 @@ class DetokenizeRequest(Struct):
     model: ModelName | None = None
 
 
-class CompletionRequest(Struct):
+class CompletionRequest(GenerationFields, kw_only=True):
     """The body of ``POST /v1/completions``."""
 
     prompt: Annotated[Raw, Meta(extra_json_schema=_PROMPT_SCHEMA)] = field(default_factory=lambda: NULL)
-    model: ModelName | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    n: PositiveInt | None = None
-    seed: Int64 | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=16)] | None = None
-    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
-    bad_words: Annotated[list[BadWord], Meta(max_length=128)] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    request_id: ClientId | None = None
-    rid: ClientId | None = None
-    priority: Annotated[int, Meta(ge=-128, le=127)] | None = None
-    cache_salt: Annotated[str, Meta(max_length=128)] | None = None
-    user: Annotated[str, Meta(max_length=256)] | None = None
 
     def as_chat(self) -> ChatCompletionRequest:
         """All that means the same in a chat, with the defaults of completions."""
-        common = set(self.__struct_fields__) & set(ChatCompletionRequest.__struct_fields__)
-        fields = {name: getattr(self, name) for name in common} | {
+        fields = {name: getattr(self, name) for name in GenerationFields.__struct_fields__} | {
             "max_tokens": DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
             "logprobs": self.logprobs is not None,
             "top_logprobs": self.logprobs,
