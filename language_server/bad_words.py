@@ -34,6 +34,8 @@ class BadWords:
                 plain, spaced = encode(word.lstrip()), encode(f" {word.lstrip()}")
             except InvalidRequest as error:
                 raise InvalidRequest(error.message, param=f"bad_words[{index}]") from None
+            if not plain:
+                raise InvalidRequest("the model has no tokens for this word", param=f"bad_words[{index}]")
             spellings += [plain, spaced]
         return cls(spellings)
 

@@ -44,6 +44,8 @@ def test_blanks_are_no_word():
     with pytest.raises(InvalidRequest) as caught:
         BadWords.of(["a", " "], NANO.encode)
     assert caught.value.param == "bad_words[1]"
+    with pytest.raises(InvalidRequest):
+        BadWords.of(["a"], lambda text: [])
 
 
 def test_a_special_token_in_a_word_is_plain_text():
