@@ -260,7 +260,7 @@ async def test_unknown_fields_are_named_and_in_strict_mode_refused(system):
 
 
 STRAY: list[tuple[dict[str, Any], str | None]] = [
-    ({"messages": [{**user("x"), "nmae": "a"}]}, "messages[0].nmae"),
+    ({"messages": [{**user("x"), "nickname": "a"}]}, "messages[0].nickname"),
     (
         {"messages": [user("x", {"type": "text", "text": "a", "cache_control": {}})]},
         "messages[0].content[1].cache_control",
@@ -273,7 +273,7 @@ STRAY: list[tuple[dict[str, Any], str | None]] = [
     ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema"),
     ({"tools": [{"type": "function", "function": {"name": "f", "params": {}}}]}, "tools[0].function.params"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}]}, None),
-    ({"messages": [{**user("x"), "nmae": None, "reasoning": "a", "refusal": None, "name": "b"}]}, None),
+    ({"messages": [{**user("x"), "nickname": None, "reasoning": "a", "refusal": None, "name": "b"}]}, None),
     ({"structured_outputs": {"disable_fallback": True}, "logit_bias": {"1": 1}}, None),
 ]
 
