@@ -120,6 +120,14 @@ def _doctor(argv: Sequence[str]) -> int:
     return run(options.DoctorSettings.load(model_first(options.DoctorSettings, argv)))
 
 
+def _keys(argv: Sequence[str]) -> int:
+    flags, words = _split(options.KeysSettings, argv)
+    settings = options.KeysSettings.load(flags)
+    from deploy.keys import main as run
+
+    return run(settings, words)
+
+
 def _demo(argv: Sequence[str]) -> int:
     from deploy.demo import main as run
 
@@ -206,6 +214,7 @@ COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "chat": (_chat, "[MODEL]: chat in the terminal, with images"),
     "generate": (_generate, "MODEL PROMPT: start, answer about --image FILE, stop"),
     "encode": (_encode, "MODEL IMAGE ... -o FILE: what the vision half makes of images"),
+    "keys": (_keys, "init DIR: certificates for servers on several machines"),
     "doctor": (_doctor, "[MODEL]: can this machine run it?"),
     "demo": (_demo, "serve the nano model, ask about three pictures, stop"),
     "bench": (_bench, "NAME: measure a server"),
@@ -220,6 +229,7 @@ _OWN_SETTINGS: Final[tuple[type[Settings], ...]] = (
     options.GenerateSettings,
     EncodeSettings,
     options.DoctorSettings,
+    options.KeysSettings,
     options.DemoSettings,
     cluster_options.UpSettings,
     cluster_options.StatusSettings,

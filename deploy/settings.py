@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, SecretStr, create_model, model_validator
 
 from common.service.errors import ConfigError
 from common.service.program import ServerSettings
+from common.service.roles import Role
 from common.service.settings import Field, Settings
 from language_server.settings import LanguageSettings
 from router.settings import RouterSettings
@@ -26,7 +27,7 @@ EMBEDDED: Final = {name: Path(__file__).parent / name for name in (NANO, "nano-f
 PLACED: Final = frozenset(
     {
         *("config", "dump_config", "announce", "name", "listen", "feature_listen", "uds", "vision", "language"),
-        *("model", "served_model_name", "nice", "feature_advertise"),
+        *("model", "served_model_name", "nice", "feature_advertise", "keys", "insecure_network"),
     }
 )
 # What divides the two tiers: senseless where they are one.
@@ -223,6 +224,21 @@ class DoctorSettings(Settings):
     program: ClassVar[str] = "dvd doctor"
 
     model: str | None = Field(None, description="directory of a checkpoint to check, or `nano`")
+
+
+class KeysSettings(Settings):
+    """Make the certificates by which routers and servers on several machines know one another. Words: init DIR (all of
+    a new deployment), add DIR NAME (another one, for --role), renew DIR (new ones for all)."""
+
+    program: ClassVar[str] = "dvd keys"
+
+    hosts: list[str] = Field(
+        [],
+        description="names and addresses of machines, comma separated, for clients that look for those, such as"
+        " browsers; our own look for the role",
+    )
+    days: int = Field(365, ge=1, le=3650, description="days that certificates are valid")
+    role: Role | None = Field(None, description="with add: what the certificate is for")
 
 
 class DemoSettings(Settings):

@@ -23,11 +23,13 @@ from common.model.device import choose_device, choose_dtype
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled, ConfigError
 from common.service.health import add_health
+from common.service.keys import Keys
 from common.service.program import DRAIN_NOTICE_SECONDS, Progress
 from common.service.status import StatusBoard
 from common.transport.advertise import advertised
 from common.transport.base import FeatureReceiver
 from common.transport.registry import choose_transports, make_receivers
+from common.transport.sender import TransportLimits
 from language_server.backbone import LanguageBackbone, load_backbone
 from language_server.cpu_threads import OWN_CORES_TOLERANCE, SHARED_CORES_TOLERANCE, tune_decode_threads
 from language_server.engine import EngineConfig, EngineStats, LanguageEngine
@@ -120,7 +122,8 @@ class LanguageServer:
             seals_features=settings.encrypt_features,
             on_ready=self.engine.wake,
         )
-        self._receivers = _make_receivers(settings) if receivers is None else receivers
+        self._keys = Keys.given(settings.keys, "language")
+        self._receivers = _make_receivers(settings, self._keys) if receivers is None else receivers
         self._servicer = LanguageServicer(self.board, settings.request_timeout, max_num_live)
         self._grpc = rpc.make_server()
         add_health(self._grpc, self.board)
@@ -137,7 +140,7 @@ class LanguageServer:
 
     async def start(self) -> None:
         """Listen, answering that the server is not ready. Raises ConfigError if the address cannot be had."""
-        self.address = rpc.bind(self._grpc, self.settings.listen)
+        self.address = rpc.bind(self._grpc, self.settings.listen, self._keys, guard=self.settings.guard)
         bound = [await receiver.start(self.features) for receiver in self._receivers]
         self._deliver_to = [advertised(endpoint, self.settings.feature_advertise) for endpoint in bound]
         await self._grpc.start()
@@ -404,8 +407,9 @@ def _check_memory(settings: LanguageSettings, weights: int, device: torch.device
         memory.check_fits(_TITLE, kv | features, device)
 
 
-def _make_receivers(settings: LanguageSettings) -> list[FeatureReceiver]:
-    return make_receivers(choose_transports(settings.transports), settings.feature_listen)
+def _make_receivers(settings: LanguageSettings, keys: Keys | None) -> list[FeatureReceiver]:
+    limits = TransportLimits(keys=keys)
+    return make_receivers(choose_transports(settings.transports), settings.feature_listen, limits)
 
 
 def _max_model_len(settings: LanguageSettings, config: InternVLConfig) -> int:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
-from common.service.program import ServerSettings
+from common.service.program import WorkerSettings
 from common.service.settings import Field
 from common.transport.registry import TransportChoice
 from language_server.pace import DEFAULT_STRETCH, DEFAULT_TEXT_STRETCH
@@ -11,7 +11,7 @@ from language_server.pace import DEFAULT_STRETCH, DEFAULT_TEXT_STRETCH
 QuantizationName: TypeAlias = Literal["auto", "none", "bitsandbytes", "fp8"]
 
 
-class LanguageSettings(ServerSettings):
+class LanguageSettings(WorkerSettings):
     """The language server of DvD: prefill and decode, image features from vision servers."""
 
     program: ClassVar[str] = "dvd language"

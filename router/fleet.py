@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 
 from common.service import metrics
 from common.service.errors import DvdError, Unavailable
+from common.service.keys import Keys
 from protos.status_pb2 import ModelInfo, WorkerStatus
 from protos.vision_pb2 import EncodeReply
 from router import policy
@@ -76,9 +77,16 @@ class Fleet:
             a request may take.
         hedge_quantile: of encode times, after which a second vision server tries; 0: never.
         num_sharers: router processes that keep these servers busy together.
+        keys: of this program; None: servers are believed without.
     """
 
-    def __init__(self, leave_timeout: float = 600.0, hedge_quantile: float = 0.0, num_sharers: int = 1) -> None:
+    def __init__(
+        self,
+        leave_timeout: float = 600.0,
+        hedge_quantile: float = 0.0,
+        num_sharers: int = 1,
+        keys: Keys | None = None,
+    ) -> None:
         self.fingerprint: bytes | None = None
         self.model: ModelInfo | None = None  # last known, so that /v1/models answers without any server
         self.quarantine = Quarantine()
@@ -87,6 +95,7 @@ class Fleet:
         self.budgets: dict[Tier, RetryBudget] = {"vision": RetryBudget(), "language": RetryBudget()}
         self._leave_timeout = leave_timeout
         self._num_sharers = num_sharers
+        self._keys = keys
         self._vision: dict[str, VisionWorker] = {}
         self._language: dict[str, LanguageWorker] = {}
         self._watchers: dict[Worker, asyncio.Task[None]] = {}
@@ -251,7 +260,7 @@ class Fleet:
             if address in workers:
                 self._welcome_back(workers[address])
             else:
-                workers[address] = worker = make(address)
+                workers[address] = worker = make(address, self._keys)
                 worker.on_ejected = self._on_ejected
                 self._watch_over(worker)
         for address in went:

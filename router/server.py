@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from common.service import metrics
 from common.service.errors import AuthenticationFailed, DvdError, HeadersTooLarge
+from common.service.keys import Keys
 from protos import frame
 from router.admission import Admission, AdmissionLimits, Places, share
 from router.api import system
@@ -57,6 +58,7 @@ class RouterServer:
             leave_timeout=settings.request_timeout,
             hedge_quantile=settings.hedge_quantile,
             num_sharers=settings.workers,
+            keys=Keys.given(settings.keys, "router"),
         )
         self._discoveries = (
             Discovery("vision", settings.vision, settings.discovery_interval, self.fleet.set_vision),

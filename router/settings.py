@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from common.service.errors import ConfigError
-from common.service.program import ServerSettings
+from common.service.program import KEYS_DESCRIPTION, ServerSettings
 from common.service.rpc import MAX_MESSAGE_BYTES
 from common.service.settings import Field, SecretStr
 from protos.frame import MAX_TILES
@@ -52,6 +52,7 @@ class RouterSettings(ServerSettings):
         " file:/path (an address a line, read again when it changes)",
     )
     language: list[str] = Field(min_length=1, description="language servers, likewise")
+    keys: Path | None = Field(None, description=KEYS_DESCRIPTION)
     discovery_interval: Seconds = Field(5.0, description="seconds between two look-ups of a DNS name")
 
     served_model_name: list[str] = Field(

@@ -27,6 +27,7 @@ from common.service.errors import (
     from_grpc,
     was_raised_by_us,
 )
+from common.service.keys import Keys
 from common.service.rpc import make_leased_channel
 from protos.language_pb2 import (
     DetokenizeReply,
@@ -71,6 +72,11 @@ _REASONS: Final = {
     "Connection reset": "connection reset",
     "Socket closed": "connection closed",
     "errors resolving": "its name has no address",
+}
+_NOT_KNOWN: Final = {
+    "Hostname Verification Check failed": "its certificate is for another role",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate has expired, or is of another deployment",
+    "WRONG_VERSION_NUMBER": "it has no keys, and this router has",
 }
 
 REFUSALS: Final = frozenset({"draining", "not_ready"})
@@ -121,7 +127,7 @@ class Worker(abc.ABC):
     tier: ClassVar[Tier]
     carried: ClassVar[frozenset[str]] = frozenset()  # methods whose calls share one stream
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, keys: Keys | None = None) -> None:
         self.address = address
         self.name = address  # the configured one, once it has told us
         self.status: WorkerStatus | None = None  # None while there is no live status stream
@@ -143,7 +149,7 @@ class Worker(abc.ABC):
         self._calls: dict[grpc.aio.Call, _OpenCall] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._channel = make_leased_channel(address, self.carried)
+        self._channel = make_leased_channel(address, keys, self.tier, self.carried)
         self._stub = self._make_stub(self._channel)
 
     @property
@@ -264,6 +270,9 @@ class Worker(abc.ABC):
         if error.code() == grpc.StatusCode.UNIMPLEMENTED:
             return f"is not a {self.tier} server"
         details = error.details() or error.code().name
+        if strange := [reason for words, reason in _NOT_KNOWN.items() if words in details]:
+            metrics.AUTH_FAILURES.labels("grpc").inc()
+            return f"is not believed ({strange[0]})"
         known = [reason for words, reason in _REASONS.items() if words in details]
         return f"cannot be reached ({known[0] if known else ' '.join(details.split())[:_MAX_REASON_CHARS]})"
 
@@ -361,8 +370,8 @@ class VisionWorker(Worker):
 
     tier = "vision"
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
+    def __init__(self, address: str, keys: Keys | None = None) -> None:
+        super().__init__(address, keys)
         self.speed = Speed()
 
     async def encode(self, request: EncodeRequest, num_tiles: int, timeout: float) -> EncodeReply:

@@ -17,9 +17,11 @@ from common.model.device import choose_device
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled
 from common.service.health import add_health
+from common.service.keys import Keys
 from common.service.program import DRAIN_NOTICE_SECONDS, Progress
 from common.service.status import StatusBoard
 from common.transport.select import SenderPool
+from common.transport.sender import TransportLimits
 from protos import frame, vision_pb2_grpc
 from protos.status_pb2 import (
     WORKER_STATE_DRAINING,
@@ -83,7 +85,8 @@ class VisionServer:
         self._batch_tiles = min(batch_tiles, settings.max_queued_tiles)
         batcher = Batcher(self._batch_tiles, settings.max_queued_tiles)
         self.compute = ComputeThread(self.encoder, batcher, nice=settings.nice, on_progress=self.board.bump, turn=turn)
-        self._senders = SenderPool(transports=settings.transports)
+        self._keys = Keys.given(settings.keys, "vision")
+        self._senders = SenderPool(transports=settings.transports, limits=TransportLimits(keys=self._keys))
         self._decoder = DecodePool(
             settings.decode_workers,
             max_pixels=settings.max_pixels,
@@ -108,7 +111,7 @@ class VisionServer:
 
     async def start(self) -> None:
         """Listen, answering that the server is not ready. Raises ConfigError if the address cannot be had."""
-        self.address = rpc.bind(self._grpc, self.settings.listen)
+        self.address = rpc.bind(self._grpc, self.settings.listen, self._keys, guard=self.settings.guard)
         await self._grpc.start()
         await self._decoder.start()
 

@@ -5,13 +5,13 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from common.service.program import ServerSettings
+from common.service.program import WorkerSettings
 from common.service.settings import Field
 from common.transport.registry import TransportChoice
 from vision_server.media import MAX_PIXELS
 
 
-class VisionSettings(ServerSettings):
+class VisionSettings(WorkerSettings):
     """The vision server of DvD: images in, features out to language servers."""
 
     program: ClassVar[str] = "dvd vision"

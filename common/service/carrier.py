@@ -25,22 +25,26 @@ log = logging.getLogger(__name__)
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 FindHandler: TypeAlias = Callable[[str, Metadata], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 """The handler of a method of this server for a call with this metadata."""
+CheckPeer: TypeAlias = Callable[["grpc.aio.ServicerContext[Any, Any]", str], None]
 Translate: TypeAlias = Callable[[Exception], DvdError]
 _OK: Final = grpc.StatusCode.OK.value[0]
 _MAX_CALLS: Final = 65_536
 """Of one stream; a server refuses far earlier, in words that routers understand."""
 
 
-def make_carry_handler(find: FindHandler, lease: Lease, translate: Translate) -> "grpc.RpcMethodHandler[Any, Any]":
+def make_carry_handler(
+    find: FindHandler, lease: Lease, check_peer: CheckPeer, translate: Translate
+) -> "grpc.RpcMethodHandler[Any, Any]":
     """What answers ``Carry``.
 
     Args:
         lease: of the caller; each of its calls is held by it.
+        check_peer: raises DvdError unless whoever sends the stream may call a method.
         translate: any failure of a handler as one of ours.
     """
 
     async def carry(unused_requests: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        await _Stream(context, find, lease, translate).run()
+        await _Stream(context, find, lease, check_peer, translate).run()
 
     return grpc.stream_stream_rpc_method_handler(
         carry, request_deserializer=Orders.FromString, response_serializer=Reports.SerializeToString
@@ -73,10 +77,13 @@ class CarriedContext:
 class _Stream:
     """One ``Carry``."""
 
-    def __init__(self, context: Any, find: FindHandler, lease: Lease, translate: Translate) -> None:
+    def __init__(
+        self, context: Any, find: FindHandler, lease: Lease, check_peer: CheckPeer, translate: Translate
+    ) -> None:
         self._context = context
         self._find = find
         self._lease = lease
+        self._check_peer = check_peer
         self._translate = translate
         self._outbox = _Outbox()
         self._calls: dict[int, _Call] = {}
@@ -120,6 +127,7 @@ class _Stream:
         self._outbox.end(begin.call, end)
 
     async def _answer(self, begin: Begin, window: "_Window") -> End:
+        self._check_peer(self._context, begin.method)
         context = CarriedContext(begin)
         handler = await self._find(begin.method, context.invocation_metadata())
         if handler is None or not handler.unary_stream:

@@ -15,6 +15,7 @@
     ├── DeadlineExceeded          the time is used up
     ├── Cancelled                 the caller has left; nobody reads the answer
     ├── InternalError             our bug
+    │   └── PeerRefused           ... or that of a program of ours which asks for what it may not
     └── StartupError              the operator must change something; never reaches a client
         ├── ConfigError           ... an option
         └── CheckpointError       ... the model's files
@@ -144,6 +145,13 @@ class InternalError(DvdError):
     """Something that must not happen did."""
 
 
+class PeerRefused(InternalError):
+    """A program of ours asks for what its certificate is not for."""
+
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+    default_code = "peer_refused"
+
+
 class StartupError(DvdError):
     """A server cannot start as asked."""
 
@@ -160,7 +168,7 @@ _FROM_GRPC: Mapping[grpc.StatusCode, type[DvdError]] = {
     kind.grpc_status: kind
     for kind in (
         InvalidRequest, NotFound, AuthenticationFailed, Overloaded, Unavailable, DeadlineExceeded, Cancelled,
-        InternalError,
+        PeerRefused, InternalError,
     )
 }  # fmt: skip
 

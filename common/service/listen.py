@@ -4,6 +4,7 @@ The libraries that listen for us say too little (gRPC: that it failed) or too mu
 """
 
 import errno
+import ipaddress
 import socket
 from pathlib import Path
 from typing import Final
@@ -25,6 +26,19 @@ def split_host_port(listen: str) -> tuple[str, int]:
     if not (colon and host and port.isascii() and port.isdecimal() and int(port[:6]) <= 65535):
         raise ConfigError(f"cannot listen on {listen[:64]}: expected host:port")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_local(listen: str) -> bool:
+    """Whether only this machine reaches ``host:port`` or ``unix:/path``. Raises ConfigError for another form."""
+    return listen.startswith(UNIX) or is_loopback(split_host_port(listen)[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it. Of names that is known of one: others may mean anything tomorrow."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def cannot_listen(listen: object, error: Exception) -> ConfigError:

@@ -80,6 +80,11 @@ OUT_OF_MEMORY = Counter(
 SPANS_DROPPED = Counter("dvd_spans_dropped", "Spans that no collector took.", registry=_everywhere)
 CANCELLED = Counter("dvd_cancelled", "Work dropped because its caller left, by stage.", ["stage"], registry=_everywhere)
 AUTH_FAILURES = Counter("dvd_auth_failures", "Requests without a valid key.", ["channel"], registry=_everywhere)
+CERT_EXPIRY_TIMESTAMP_SECONDS = Gauge(
+    "dvd_cert_expiry_timestamp_seconds",
+    "Unix time at which the certificate ends; 0: there is none.",
+    registry=_everywhere,
+)
 FAILPOINT_HITS = Counter("dvd_failpoint_hits", "Faults made on command (test builds).", ["name"], registry=_everywhere)
 
 # --- router

@@ -21,6 +21,7 @@ from common.service import log as logs
 from common.service.errors import Cancelled, StartupError
 from common.service.heap import freeze_heap, keep_freed_memory
 from common.service.loop_lag import measured_lag
+from common.service.rpc import Guard
 from common.service.settings import Field, Settings
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,27 @@ class ServerSettings(Settings):
         description="send spans of requests to this collector, such as http://127.0.0.1:4317 (OTLP over gRPC)",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe records to print")
+
+
+KEYS_DESCRIPTION: Final = (
+    "directory with the certificates by which servers and routers know one another; dvd keys init makes it"
+)
+
+
+class WorkerSettings(ServerSettings):
+    """Options that every server has that routers talk to."""
+
+    keys: Path | None = Field(None, description=KEYS_DESCRIPTION)
+    insecure_network: bool = Field(
+        False,
+        description="without --keys: listen also where other machines come in, and obey whoever does; for networks that"
+        " something else guards",
+    )
+
+    @property
+    def guard(self) -> Guard:
+        """What keeps strangers out where there are no keys."""
+        return "network" if self.insecure_network else "keys"
 
 
 _Options = TypeVar("_Options", bound=ServerSettings)

@@ -9,16 +9,21 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import grpc
 import grpc.aio
 
+from common.service import metrics
 from common.service.carrier import make_carry_handler
 from common.service.carrying import CARRY
-from common.service.errors import ConfigError, DvdError, InternalError, to_grpc
+from common.service.errors import ConfigError, DvdError, InternalError, PeerRefused, to_grpc
 from common.service.leases import Lease, LeasedChannel, Leases, add_leases
-from common.service.listen import check_free
+from common.service.listen import check_free, is_local
+from common.service.roles import Role, may_call, role_name
+
+if TYPE_CHECKING:  # with it comes cryptography, which many programs do without
+    from common.service.keys import Keys
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +37,11 @@ _KEEPALIVE = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 _SERVER_KEEPALIVE = [*_KEEPALIVE, ("grpc.http2.min_ping_interval_without_data_ms", 5_000), ("grpc.so_reuseport", 0)]
+Guard = Literal["keys", "network", "tickets"]
+"""``network``: strangers do not reach us, the operator says; ``tickets``: they do, and nothing is taken of them."""
+
+_SSL = b"ssl"
+_MAX_NAMES_CHARS = 160
 
 
 def make_server(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
@@ -45,39 +55,65 @@ def make_server(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Serve
     return server
 
 
-def bind(server: grpc.aio.Server, listen: str) -> str:
+def bind(server: grpc.aio.Server, listen: str, keys: Keys | None = None, *, guard: Guard = "keys") -> str:
     """Listen on ``host:port`` (port 0: any free one) or ``unix:/path``; returns the address to dial.
 
+    Args:
+        keys: let in only who has keys of the same deployment, and encrypt.
+        guard: what keeps strangers out where other machines can come in; all but "keys" does without ``keys``.
+
     Raises:
-        ConfigError: the address is taken or not ours.
+        ConfigError: the address is taken, not ours, or open to others without ``keys``.
     """
+    if keys is None and guard != "tickets" and not is_local(listen):
+        if guard == "keys":
+            raise ConfigError(
+                f"--listen {listen}: other machines reach this address, and whoever does would be obeyed: say --keys"
+                " DIR (dvd keys init makes them), or --insecure-network where something else guards the network"
+            )
+        log.warning("INSECURE: %s is open to the network without keys or encryption: whoever comes is obeyed", listen)
     check_free(listen)  # gRPC would only say that it failed, and take over a socket that somebody listens on
     try:
-        port = server.add_insecure_port(listen)
+        port = (
+            server.add_insecure_port(listen)
+            if keys is None
+            else server.add_secure_port(listen, keys.server_credentials())
+        )
     except RuntimeError:
         raise ConfigError(f"cannot listen on {listen}: in use, or not an address of this machine") from None
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
-def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """One channel per peer, kept for the life of the process. Reconnects quickly: a returning worker is wanted."""
+def make_channel(
+    address: str, keys: Keys | None = None, role: Role | None = None, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Channel:
+    """One channel per peer, kept for the life of the process. Reconnects quickly: a returning worker is wanted.
+
+    With ``keys`` the peer must have a certificate of the same deployment that names ``role``.
+    """
     backoff = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000)]
     # Two channels to one address must not share a subchannel: a peer that restarts is a new peer to each.
     isolation = [("grpc.use_local_subchannel_pool", 1)]
     # A proxy of the environment has no business between servers.
     no_proxy = [("grpc.enable_http_proxy", 0)]
-    return grpc.aio.insecure_channel(
-        address, options=[*_KEEPALIVE, *backoff, *isolation, *no_proxy, *_message_limits(max_message_bytes)]
-    )
+    options = [*_KEEPALIVE, *backoff, *isolation, *no_proxy, *_message_limits(max_message_bytes)]
+    if keys is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    assert role is not None  # or any certificate of ours would do
+    name = [("grpc.ssl_target_name_override", role_name(role))]
+    return grpc.aio.secure_channel(address, keys.channel_credentials(), options=[*options, *name])
 
 
-def make_leased_channel(address: str, carried: frozenset[str] = frozenset()) -> grpc.aio.Channel:
+def make_leased_channel(
+    address: str, keys: Keys | None = None, role: Role | None = None, carried: frozenset[str] = frozenset()
+) -> grpc.aio.Channel:
     """A channel for callers whose calls must end when they vanish. Unary requests only, which is all that we have.
 
     Args:
         carried: methods whose calls share one stream (``protos/carrier.proto``); each answers with a stream.
     """
-    return cast(grpc.aio.Channel, LeasedChannel(make_channel(address), make_channel(address), carried))
+    channels = (make_channel(address, keys, role) for _ in range(2))
+    return cast(grpc.aio.Channel, LeasedChannel(*channels, carried=carried))
 
 
 def remaining_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
@@ -101,24 +137,42 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         lease = self._leases.of(handler_call_details.invocation_metadata)
         if handler_call_details.method == CARRY:
             kind = type(handler_call_details)  # gRPC looks handlers up by none but its own
-            return make_carry_handler(lambda *call: continuation(kind(*call)), lease, _ours)
+            return make_carry_handler(lambda *call: continuation(kind(*call)), lease, _check_peer, _ours)
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
+        name = handler_call_details.method
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary, lease), handler.request_deserializer, handler.response_serializer
+                _guard_unary(handler.unary_unary, lease, name),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream, lease), handler.request_deserializer, handler.response_serializer
+                _guard_stream(handler.unary_stream, lease, name),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
         return handler
 
 
-def _guard_unary(method: Callable[..., Awaitable[Any]], lease: Lease) -> Callable[..., Awaitable[Any]]:
+def _check_peer(context: grpc.aio.ServicerContext[Any, Any], name: str) -> None:
+    """Raises PeerRefused for a call that the caller's certificate is not for. Who needs none was let in by ``bind``."""
+    found = context.auth_context()
+    if _SSL not in found.get("transport_security_type", ()):
+        return
+    names = [each.decode("utf-8", "replace") for each in found.get("x509_subject_alternative_name", ())]
+    if not may_call(name, names):
+        metrics.AUTH_FAILURES.labels("grpc").inc()
+        log.warning("refused: %s called %s", ", ".join(names)[:_MAX_NAMES_CHARS] or "somebody without a name", name)
+        raise PeerRefused("this certificate is for another role")
+
+
+def _guard_unary(method: Callable[..., Awaitable[Any]], lease: Lease, name: str) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
+            _check_peer(context, name)
             with lease():
                 return await method(request, context)
         except Exception as error:  # noqa: BLE001 - the seam: every failure becomes a status
@@ -127,9 +181,12 @@ def _guard_unary(method: Callable[..., Awaitable[Any]], lease: Lease) -> Callabl
     return guarded
 
 
-def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]], lease: Lease) -> Callable[..., AsyncIterator[Any]]:
+def _guard_stream(
+    method: Callable[..., AsyncGenerator[Any, None]], lease: Lease, name: str
+) -> Callable[..., AsyncIterator[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
+            _check_peer(context, name)
             # A caller may leave while a message is on its way: what the method holds goes back then, not at some time.
             with lease():
                 async with aclosing(method(request, context)) as messages:

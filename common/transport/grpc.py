@@ -49,7 +49,8 @@ class GrpcReceiver:
         """
         server = rpc.make_server(max_message_bytes=self._limits.max_frame_bytes + _FRAMING_BYTES)
         add_FeaturePlaneServicer_to_server(_FeaturePlane(sink), server)  # type: ignore[no-untyped-call]
-        address = rpc.bind(server, self._address)
+        # Whoever comes without a ticket is not heard, here as on the other transports, which know no keys.
+        address = rpc.bind(server, self._address, self._limits.keys, guard="tickets")
         await server.start()
         self._server = server
         return Endpoint(transport=NAME, address=address)
@@ -79,7 +80,8 @@ class GrpcSender(BoundedSender):
         super().__init__(NAME, limits)
         if not _ADDRESS.fullmatch(address):
             self._credit.close("not an address of this transport")
-        self._channel = rpc.make_channel(address, max_message_bytes=limits.max_frame_bytes + _FRAMING_BYTES)
+        max_message_bytes = limits.max_frame_bytes + _FRAMING_BYTES
+        self._channel = rpc.make_channel(address, limits.keys, "language", max_message_bytes=max_message_bytes)
         self._deliver_frame = FeaturePlaneStub(self._channel).Deliver  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:

@@ -70,7 +70,9 @@ def can_reach(endpoint: Endpoint) -> bool:
     return check is None or bool(check(endpoint.address))
 
 
-def make_receivers(transports: Sequence[TransportName], listen: str) -> list[FeatureReceiver]:
+def make_receivers(
+    transports: Sequence[TransportName], listen: str, limits: TransportLimits | None = None
+) -> list[FeatureReceiver]:
     """A receiver for each. Those that need a port take the next ones from that of ``listen`` on.
 
     Raises:
@@ -78,7 +80,7 @@ def make_receivers(transports: Sequence[TransportName], listen: str) -> list[Fea
     """
     receivers, num_ports = [], 0
     for transport in transports:
-        receivers.append(make_receiver(transport, nth_port(listen, num_ports)))
+        receivers.append(make_receiver(transport, nth_port(listen, num_ports), limits=limits))
         num_ports += getattr(_module(transport), "TAKES_PORT", True)
     return receivers
 

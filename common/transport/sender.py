@@ -7,7 +7,7 @@ import abc
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import Buffer
 
@@ -15,6 +15,9 @@ from common.service import metrics
 from common.service.errors import ConfigError, DeadlineExceeded, TransportFailed
 from common.transport.meter import SendMeter
 from protos.frame import MAX_HEADER_BYTES, FrameRejected
+
+if TYPE_CHECKING:
+    from common.service.keys import Keys
 
 _DELIVERED: Final = frozenset({"ok", "duplicate"})
 _MAX_VERDICT_CHARS: Final = 32
@@ -36,6 +39,8 @@ class TransportLimits:
     max_inflight_frames: int = 256
     connect_timeout: float = 2.0
     """Seconds. Short, because another transport may be tried after it."""
+    keys: "Keys | None" = None
+    """Of the ends of a transport that is encrypted, which is gRPC."""
 
     def __post_init__(self) -> None:
         if not MAX_HEADER_BYTES <= self.max_frame_bytes <= self.max_inflight_bytes:

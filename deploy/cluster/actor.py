@@ -8,6 +8,7 @@ from typing import Any, Final
 from common.service import log as logs
 from common.service import metrics
 from common.service.errors import InvalidRequest
+from common.service.keys import Keys
 from common.service.parent import die_with
 from deploy.cluster.controller import Controller
 from deploy.cluster.ground import RayGround
@@ -40,7 +41,8 @@ class ControllerActor:
             "ip": ray.util.get_node_ip_address(),
             "metrics_address": metrics.start_server("127.0.0.1:0", "cluster"),
         }
-        self._controller = Controller(loaded, incarnation, RayGround(loaded.name), Listener())
+        keys = Keys.given(loaded.keys_directory, "client")
+        self._controller = Controller(loaded, incarnation, RayGround(loaded.name), Listener(keys))
         self._living = asyncio.create_task(self._live(), name="controller")
 
     async def status(self) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from rich.live import Live
 from rich.table import Table
 
 from common.service.errors import ConfigError, StartupError, Unavailable
+from common.service.keys import Keys
+from common.service.listen import is_loopback
 from deploy.cluster.head import Head, is_reachable
 from deploy.cluster.ledger import Member
 from deploy.cluster.local_head import LocalHead
 from deploy.cluster.rundir import cluster_directory, end_all, is_private
 from deploy.cluster.settings import DownSettings, ScaleSettings, StatusSettings, UpSettings
-from deploy.cluster.spec import LOCAL, ClusterSpec, is_loopback
+from deploy.cluster.spec import LOCAL, ClusterSpec
 from deploy.cluster.state import ClusterState, resolve_name
 from deploy.cluster.status import attach, load_state, show
 from deploy.cluster.tiers import TIERS, Tier
@@ -37,6 +39,7 @@ def up(settings: UpSettings, words: Sequence[str]) -> int:
     if len(words) != 1:
         raise ConfigError("dvd up takes one file: dvd up cluster.yaml")
     spec = ClusterSpec.load(Path(words[0]))
+    Keys.given(spec.keys_directory, "client")  # this machine needs them as well, for `dvd status`
     if ClusterState.load(spec.name) is not None:
         raise ConfigError(
             f"cluster {spec.name} is up already: dvd down {spec.name} first, or give this one another name"
@@ -115,6 +118,7 @@ def _bring_up(spec: ClusterSpec, head: Head, local: LocalHead | None, is_insecur
         model=spec.model_names[0],
         started_at=time.time(),
         is_insecure=is_insecure,
+        keys=spec.keys,
         local_head=local,
     )
     state.save()  # before anything is started: should we be killed, `dvd down` knows
@@ -132,12 +136,13 @@ def _bring_up(spec: ClusterSpec, head: Head, local: LocalHead | None, is_insecur
 
 
 def _check_network(spec: ClusterSpec, nodes: Sequence[str]) -> None:
-    """Servers of different nodes speak in the clear, and obey whoever reaches them."""
+    """Servers of different nodes speak in the clear without keys, and obey whoever reaches them."""
     exposed = [ip for ip in nodes if not is_loopback(ip)]
-    if exposed and not spec.insecure_network:
+    if exposed and spec.keys is None and not spec.insecure_network:
         raise ConfigError(
-            f"servers on {', '.join(exposed[:3])} will listen there without encryption or keys: keep that network to"
-            " them alone and say insecure_network: true"
+            f"servers on {', '.join(exposed[:3])} will listen there without encryption or keys: make some with dvd keys"
+            " init, put them on every node and say keys: DIR; or keep that network to them alone and say"
+            " insecure_network: true"
         )
 
 

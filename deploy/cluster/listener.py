@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from common.service.keys import Keys
 from protos.status_pb2 import LanguageLoad, VisionLoad, WorkerStatus
 from router.fleet import Fleet
 
@@ -9,8 +10,8 @@ from router.fleet import Fleet
 class Listener:
     """Follows servers as a router does, and sends them nothing. Belongs to the event loop."""
 
-    def __init__(self) -> None:
-        self._fleet = Fleet()
+    def __init__(self, keys: Keys | None = None) -> None:
+        self._fleet = Fleet(keys=keys)
 
     def follow(self, vision: Iterable[str], language: Iterable[str]) -> None:
         """Their addresses, from now on."""

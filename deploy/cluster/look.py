@@ -9,6 +9,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from common.service.errors import Unavailable
+from common.service.keys import Keys
 from deploy.cluster.ledger import Member
 from protos.status_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_READY, WorkerStatus
 from router.workers import LanguageWorker, VisionWorker
@@ -37,12 +38,12 @@ class Row:
     kv_usage: float | None = None
 
 
-async def look_at(members: Sequence[Member]) -> list[Row]:
+async def look_at(members: Sequence[Member], keys: Keys | None = None) -> list[Row]:
     """One row for each, in order; those that do not answer in time are ``lost``."""
-    return list(await asyncio.gather(*(_look_at(member) for member in members)))
+    return list(await asyncio.gather(*(_look_at(member, keys) for member in members)))
 
 
-async def _look_at(member: Member) -> Row:
+async def _look_at(member: Member, keys: Keys | None) -> Row:
     row = Row(
         tier=member.tier,
         server=member.server,
@@ -57,14 +58,14 @@ async def _look_at(member: Member) -> Row:
         return row
     try:
         async with asyncio.timeout(_ASK_SECONDS):
-            await (_ask_router(row) if member.tier == "router" else _ask_worker(row))
+            await (_ask_router(row) if member.tier == "router" else _ask_worker(row, keys))
     except (TimeoutError, Unavailable, httpx.HTTPError):
         row.state = "lost"
     return row
 
 
-async def _ask_worker(row: Row) -> None:
-    worker = VisionWorker(row.address) if row.tier == "vision" else LanguageWorker(row.address)
+async def _ask_worker(row: Row, keys: Keys | None) -> None:
+    worker = VisionWorker(row.address, keys) if row.tier == "vision" else LanguageWorker(row.address, keys)
     try:
         statuses = worker.follow_status()
         status = await anext(statuses)

@@ -21,6 +21,8 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     "api_key": "api_keys",
     "host": "routers.host",
     "port": "routers.port",
+    "keys": "keys",
+    "insecure_network": "insecure_network",
 }
 _DECIDED: Final = (PLACED | {"metrics_listen", *_ELSEWHERE}) - {"nice"}
 # Stands for what a program requires and placement will fill in.

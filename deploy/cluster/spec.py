@@ -3,7 +3,6 @@
 Knows nothing of Ray, and nothing of what is true on other machines: whether a node has the model is asked there.
 """
 
-import ipaddress
 import json
 from pathlib import Path
 from typing import Any, Final, Self
@@ -21,6 +20,7 @@ from pydantic import (
 )
 
 from common.service.errors import ConfigError
+from common.service.listen import is_loopback
 from common.transport.registry import TransportChoice
 from deploy.cluster.mistakes import check_options, explain
 from deploy.cluster.tiers import TIERS, Tier
@@ -163,6 +163,7 @@ class ClusterSpec(_Part):
     transports: tuple[TransportChoice, ...] = Field(default=("auto",), min_length=1)
     api_keys: list[SecretStr] = Field(default_factory=list)
     api_key_file: Path | None = None
+    keys: str | None = None
     insecure_network: bool = False
     startup_timeout: float = Field(default=1800.0, gt=0)
     vision: VisionGroup = Field(default_factory=VisionGroup)
@@ -176,6 +177,13 @@ class ClusterSpec(_Part):
         if model not in EMBEDDED and not model.startswith("/"):
             raise ValueError(f"expected {', '.join(EMBEDDED)}, or a directory from the root that every node has")
         return model
+
+    @field_validator("keys")
+    @classmethod
+    def _check_keys(cls, keys: str | None) -> str | None:
+        if keys is not None and not keys.startswith("/"):
+            raise ValueError("expected a directory from the root that every node has; dvd keys init makes it")
+        return keys
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -210,6 +218,11 @@ class ClusterSpec(_Part):
         return json.dumps(self.model_dump(mode="json") | revealed)
 
     @property
+    def keys_directory(self) -> Path | None:
+        """Of every node."""
+        return None if self.keys is None else Path(self.keys)
+
+    @property
     def model_names(self) -> list[str]:
         """At least one; the first is what clients see."""
         return self.served_model_name or [Path(self.model).name]
@@ -239,12 +252,16 @@ class ClusterSpec(_Part):
     def options(self, tier: Tier) -> dict[str, Any]:
         """What every server of a group is told; the rest depends on its node."""
         options = dict(self.group(tier).options)
+        if self.keys is not None:
+            options["keys"] = self.keys
         if tier == "router":
             options["served_model_name"] = self.model_names
             options["api_key"] = [key.get_secret_value() for key in self.api_keys]
             return options
         if tier == "language":
             options["tensor_parallel_size"] = self.language.tensor_parallel_size
+        if self.insecure_network:
+            options["insecure_network"] = True
         return options | {"served_model_name": self.model_names[0], "transports": list(self.transports)}
 
     def _with_keys_of_file(self, directory: Path) -> Self:
@@ -287,11 +304,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, such as `model: {NANO}`")
     return content
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -22,6 +22,7 @@ class ClusterState:
     model: str
     started_at: float
     is_insecure: bool = False
+    keys: str | None = None
     local_head: LocalHead | None = None
     members: list[Member] = field(default_factory=list)
     lost_at: float | None = None

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from common.service.announce import Announcement
 from common.service.errors import ConfigError, StartupError, Unavailable
+from common.service.keys import Keys
 from deploy.cluster.head import Head, is_reachable
 from deploy.cluster.keeper import ANNOUNCE_FILE
 from deploy.cluster.ledger import Member
@@ -47,6 +49,7 @@ class Observer:
 
     def __init__(self, state: ClusterState) -> None:
         self._state = state
+        self._keys = Keys.given(None if state.keys is None else Path(state.keys), "client")
         self._head: Head | None = None
         self._runner = asyncio.Runner()  # one loop for all looks: gRPC does not like to see one closed
 
@@ -66,7 +69,7 @@ class Observer:
         state.save()
         members = state.members if status is not None else with_local_members(state)
         ordered = sorted(members, key=lambda m: (TIERS.index(m.tier), m.slot, m.life))
-        rows = self._runner.run(look_at(ordered))
+        rows = self._runner.run(look_at(ordered, self._keys))
         return {
             "name": state.name,
             "model": state.model,

@@ -15,6 +15,7 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from common.service.errors import ConfigError, DvdError, InternalError, InvalidRequest
+from common.service.keys import Keys
 from common.service.program import Progress
 from deploy.encode.features_file import FeaturesFile
 from deploy.encode.order import Order
@@ -72,7 +73,8 @@ class _Encoding:
         _check_any(items)
         server = self._settings.server
         if server is not None:
-            async with connect(server, self._settings.timeout) as peer:
+            keys = Keys.given(self._settings.keys, "client")
+            async with connect(server, self._settings.timeout, keys) as peer:
                 return await self._encode(items, peer)
         from deploy.encode.local_server import local_server  # and torch with it
 

@@ -19,6 +19,7 @@ from common.service.errors import (
     Unavailable,
     from_grpc,
 )
+from common.service.keys import Keys
 from common.service.rpc import make_channel
 from deploy.encode.order import Order
 from protos.status_pb2 import WatchStatusRequest, WorkerStatus
@@ -50,7 +51,7 @@ class Features:
 
 
 @asynccontextmanager
-async def connect(address: str, timeout: float | None) -> AsyncIterator["VisionPeer"]:
+async def connect(address: str, timeout: float | None, keys: Keys | None = None) -> AsyncIterator["VisionPeer"]:
     """A server at ``host:port`` or ``unix:/path``; ``timeout`` as ``VisionPeer`` takes it.
 
     Raises:
@@ -59,7 +60,7 @@ async def connect(address: str, timeout: float | None) -> AsyncIterator["VisionP
     host, _, port = address.rpartition(":")
     if not address.startswith("unix:") and not (host and port.isdecimal()):
         raise ConfigError(f"--server {address[:64]}: expected host:port or unix:/path")
-    async with make_channel(address) as channel:
+    async with make_channel(address, keys, "vision") as channel:
         yield VisionPeer(VisionStub(channel), address, timeout)  # type: ignore[no-untyped-call]
 
 

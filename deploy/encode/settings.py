@@ -22,6 +22,10 @@ class EncodeSettings(Settings):
     server: str | None = Field(
         None, description="ask this running vision server, host:port or unix:/path, instead of loading MODEL here"
     )
+    keys: Path | None = Field(
+        None,
+        description="with --server: directory with certificates as dvd keys init makes them, if the server has some",
+    )
     output: Path = Field(description="file to write; a file of this name is replaced once the new one is complete")
     kind: Literal["projected", "last_hidden_state"] = Field(
         "projected",

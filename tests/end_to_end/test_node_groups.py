@@ -26,7 +26,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.settings import NANO, model_directory
+from deploy.keys import main as make_keys
+from deploy.settings import NANO, KeysSettings, model_directory
 from tests.end_to_end.conftest import user
 from tests.end_to_end.namespaces import Host, network
 
@@ -52,6 +53,11 @@ class NodeGroups:
         """The router's HTTP side: a path is no matter of the network, so the client needs no host of its own."""
         return self.directory / "router.sock"
 
+    @property
+    def keys(self) -> Path:
+        """Of all hosts: other machines are let in by certificate."""
+        return self.directory / "keys"
+
     def start(self, name: str, *command: str) -> None:
         """Run ``dvd ...`` on the host of that name."""
         host = self.hosts[name]
@@ -61,11 +67,12 @@ class NodeGroups:
 
     def start_router(self) -> None:
         sources = [f"--{tier}=file:{self.directory / tier}" for tier in ("vision", "language")]
-        self.start("router", "router", *sources, f"--uds={self.socket}")
+        self.start("router", "router", *sources, f"--uds={self.socket}", f"--keys={self.keys}")
 
     def start_server(self, name: str) -> None:
         tier = name.partition("-")[0]
         options = [f"--listen={self.address(name)}", f"--name={name}", "--threads=1", "--metrics-listen=null"]
+        options.append(f"--keys={self.keys}")
         if tier == "language":
             options.append(f"--feature-listen={self.hosts[name].address}:{FEATURE_PORT}")
         self.start(name, tier, NANO, *options)
@@ -192,6 +199,7 @@ def groups(tmp_path_factory) -> Iterator[NodeGroups]:
     """The router starts first, so that it has everything still to wait for."""
     with network([*SERVERS, "router"]) as hosts:
         groups = NodeGroups(hosts, tmp_path_factory.mktemp("groups"))
+        make_keys(KeysSettings.load([]), ["init", str(groups.keys)])
         with contextlib.closing(groups):
             groups.start_router()
             groups.until(groups.is_listening, "router")

@@ -435,6 +435,7 @@ class System:
             options |= {"feature_listen": f"{host}:{port}"}
         self.servers[name] = Server(self, name, tier, options, address)
         if name in self._hosts:
+            options |= {} if tier == "router" else {"insecure_network": True}  # it is these hosts' alone
             self.servers[name].prefix = self._hosts[name].command()
 
     def _make_links(self, links: Links) -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from common.service.keys import Keys
 from protos.status_pb2 import ModelInfo
 from router.__main__ import HttpServer, _listen, http_config
 from router.fetch.fetcher import MediaFetcher
@@ -73,6 +74,7 @@ async def running_system(
         visions = [FakeVision(languages, f"vision-{i}") for i in range(num_vision)]
         for worker in [*languages, *visions]:
             worker.model = model
+            worker.keys = Keys.given(options.get("keys"), "vision" if isinstance(worker, FakeVision) else "language")
             await worker.start()
             stack.push_async_callback(worker.stop)
         servers = {

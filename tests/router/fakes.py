@@ -20,6 +20,7 @@ from PIL import Image
 
 from common.model.geometry import Tiling, count_tiles
 from common.service.errors import DvdError
+from common.service.keys import Keys
 from common.service.rpc import bind, make_server
 from protos import language_pb2 as lang
 from protos import language_pb2_grpc, vision_pb2_grpc
@@ -87,6 +88,7 @@ class FakeWorker(abc.ABC):
         self.num_watching = 0  # status streams that are open
         self.metadata: list[dict[str, Any]] = []  # of Generate and Encode
         self.address = ""
+        self.keys: Keys | None = None
         self._server: grpc.aio.Server | None = None
         self._dying: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -94,7 +96,7 @@ class FakeWorker(abc.ABC):
     async def start(self) -> None:
         self._server = make_server()
         self._register(self._server)
-        self.address = bind(self._server, self.address or "127.0.0.1:0")
+        self.address = bind(self._server, self.address or "127.0.0.1:0", self.keys)
         await self._server.start()
 
     async def stop(self) -> None:
