@@ -20,6 +20,7 @@ from common.service.errors import StartupError
 from common.service.listen import UNIX, cannot_listen, check_free, split_host_port
 from common.service.program import EXIT_FAILURE, run_loop, start_program, stop_signal
 from router.http_protocol import HttpProtocol
+from router.https import https_options
 from router.processes import Place, Processes
 from router.server import RouterServer
 from router.settings import RouterSettings
@@ -101,7 +102,7 @@ def _announce(settings: RouterSettings, listener: socket.socket, line: str) -> N
     """To whoever started this program, and to whoever looks at it."""
     address = _address_of(settings, listener)
     announce.write(settings.announce, name="router", role="router", address=address, metrics_address=address)
-    url = address if address.startswith("unix:") else f"http://{address}"
+    url = address if ":/" in address else f"http://{address}"
     print(f"ready at {url} {line}", flush=True)
 
 
@@ -126,6 +127,7 @@ def http_config(app: ASGIApp, settings: RouterSettings) -> uvicorn.Config:
     """How HTTP is spoken here; ``app`` is a ``RouterServer``, or what one is compared with."""
     return uvicorn.Config(
         app,
+        **https_options(settings),
         http=HttpProtocol.within(settings),
         ws="none",
         lifespan="off",
@@ -160,7 +162,8 @@ def _address_of(settings: RouterSettings, listener: socket.socket) -> str:
     if settings.uds is not None:
         return f"unix:{settings.uds}"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"{host}:{listener.getsockname()[1]}"
+    scheme = "" if settings.ssl_certfile is None else "https://"
+    return f"{scheme}{host}:{listener.getsockname()[1]}"
 
 
 def _has_failed(task: asyncio.Task[None]) -> bool:

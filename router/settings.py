@@ -33,6 +33,11 @@ class RouterSettings(ServerSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
     uds: Path | None = Field(None, description="listen on this Unix socket instead of host and port")
+    ssl_certfile: Path | None = Field(None, description="speak HTTPS with this certificate, its chain included, in PEM")
+    ssl_keyfile: Path | None = Field(None, description="its private key; unset: in the same file")
+    ssl_ca_certs: Path | None = Field(
+        None, description="let in only clients with a certificate of one of these authorities"
+    )
     workers: int = Field(
         1,
         ge=1,
@@ -219,6 +224,12 @@ class RouterSettings(ServerSettings):
         for name in ("allow_private_media", "media_egress_proxy"):
             if getattr(self, name) and not self.allowed_media_domains:
                 raise ValueError(f"{name} needs allowed_media_domains: the hosts it is for")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ssl(self) -> "RouterSettings":
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise ConfigError("--ssl-keyfile and --ssl-ca-certs are of no use without --ssl-certfile")
         return self
 
     @model_validator(mode="after")

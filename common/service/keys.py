@@ -30,6 +30,9 @@ _FILES: Final = (CA_FILE, CERTIFICATE_FILE, KEY_FILE)
 _SOON: Final = timedelta(days=30)
 _OTHERS: Final = 0o004
 
+_ends: dict[Path, datetime] = {}
+"""Of every certificate that this process shows."""
+
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -115,9 +118,7 @@ class Keys:
         key = _private_key(self._directory / KEY_FILE)
         self._check(own, authorities, key)
         expires = own[0].not_valid_after_utc
-        metrics.CERT_EXPIRY_TIMESTAMP_SECONDS.set(expires.timestamp())
-        if expires - datetime.now(UTC) < _SOON:
-            log.warning("%s expires on %s", self._directory / CERTIFICATE_FILE, _day(expires))
+        watch_end(self._directory / CERTIFICATE_FILE, expires)
         # What was checked, not what the files hold by now.
         return _Pair(_pem(authorities), _pem(own), key, expires)
 
@@ -137,6 +138,14 @@ class Keys:
                 f"--keys {path}: it is for the role {found}, and this program is {self._role}: it must name"
                 f" {role_name(self._role)}"
             )
+
+
+def watch_end(path: Path, expires: datetime) -> None:
+    """Let the metric tell when the first certificate of this process ends, and the log once that is soon."""
+    _ends[path] = expires
+    metrics.CERT_EXPIRY_TIMESTAMP_SECONDS.set(min(_ends.values()).timestamp())
+    if expires - datetime.now(UTC) < _SOON:
+        log.warning("%s expires on %s", path, _day(expires))
 
 
 def _certificates(path: Path) -> list[x509.Certificate]:

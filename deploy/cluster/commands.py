@@ -194,13 +194,18 @@ def _progress(found: dict[str, Any]) -> Table:
 def _ready_lines(spec: ClusterSpec, found: dict[str, Any], local: LocalHead | None) -> list[str]:
     num_vision, num_language = (found["groups"][tier]["desired"] for tier in ("vision", "language"))
     lines = [
-        f"ready at http://{member['address']} model {spec.model_names[0]} vision x{num_vision} language x{num_language}"
+        f"ready at {_as_url(member['address'])} model {spec.model_names[0]}"
+        f" vision x{num_vision} language x{num_language}"
         for member in found["members"]
         if member["tier"] == "router"
     ]
     if local is not None:
         lines.append(f"other machines join with: RAY_AUTH_MODE=token ray start --address={local.address}")
     return lines
+
+
+def _as_url(address: str) -> str:
+    return address if "://" in address else f"http://{address}"
 
 
 # --- scale

@@ -203,9 +203,10 @@ class Replica:
         found = Announcement.read(self._directory / ANNOUNCE_FILE)
         if found is None:
             return
-        host, _, port = found.address.rpartition(":")
+        scheme, slashes, authority = found.address.rpartition("://")
+        host, _, port = authority.rpartition(":")
         is_wildcard = host.strip("[]") in _WILDCARDS
-        self._report.address = f"{_in_url(self._report.ip)}:{port}" if is_wildcard else found.address
+        self._report.address = f"{scheme}{slashes}{_in_url(self._report.ip)}:{port}" if is_wildcard else found.address
         self._report.metrics_address = found.metrics_address
         self._report.phase = "ready"
 

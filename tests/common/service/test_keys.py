@@ -4,6 +4,7 @@ import logging
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -13,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from common.service import metrics, rpc
 from common.service.errors import ConfigError
 from common.service.keys import CA_FILE, CERTIFICATE_FILE, KEY_FILE, Keys
-from common.service.roles import CALLERS, role_name
+from common.service.roles import CALLERS, Role, role_name
 from deploy.keys import _Authority
 from deploy.keys import main as make_keys
 from deploy.settings import KeysSettings
@@ -56,7 +57,8 @@ async def serving(keys: Keys | None, listen: str = "127.0.0.1:0"):
         await server.stop(None)
 
 
-async def probe(channel: grpc.aio.Channel) -> ProbeReply | grpc.aio.AioRpcError:
+async def probe(channel: grpc.aio.Channel) -> Any:
+    """The reply, or what gRPC says instead."""
     try:
         return await VisionStub(channel).Probe(ProbeRequest(), timeout=20)
     except grpc.aio.AioRpcError as error:
@@ -123,7 +125,8 @@ async def test_only_a_router_may_order(deployments, role, caplog):
 
 async def test_a_stream_is_refused_before_its_first_message(deployments):
     async with serving(Keys(deployments[0], "vision")) as (vision, address):
-        for role, expected in (("client", 3), ("language", grpc.StatusCode.PERMISSION_DENIED)):
+        cases: list[tuple[Role, Any]] = [("client", 3), ("language", grpc.StatusCode.PERMISSION_DENIED)]
+        for role, expected in cases:
             async with rpc.make_channel(address, Keys(deployments[0], role), "vision") as channel:
                 call = VisionStub(channel).Extract(ExtractRequest(), timeout=20)
                 try:
@@ -194,8 +197,11 @@ def test_a_program_says_at_its_start_what_is_wrong_with_its_keys(deployments, tm
     assert "secret" not in str(raised.value)
 
 
-def test_the_metric_tells_when_the_certificate_ends(deployments):
+def test_the_metric_tells_when_the_first_certificate_ends(deployments, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.service.keys._ends", {})
+    make_keys(KeysSettings.load(["--days=900"]), ["init", str(tmp_path / "keys")])
     Keys(deployments[0], "router")
+    Keys(tmp_path / "keys", "router")
     days = (metrics.CERT_EXPIRY_TIMESTAMP_SECONDS._value.get() - datetime.now(UTC).timestamp()) / 86400
     assert 363 < days <= 365
 
