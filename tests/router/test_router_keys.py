@@ -1,6 +1,7 @@
 """A router and its servers over mutual TLS, from the image of a request to the words of its answer."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,7 @@ async def test_a_server_of_another_deployment_is_not_used(roots):
 
 
 def test_a_router_with_the_keys_of_another_role_does_not_start(roots):
-    settings = RouterSettings(vision=["a:1"], language=["b:1"], keys=roots[0] / "vision")
+    options: dict[str, Any] = {"vision": ["a:1"], "language": ["b:1"], "keys": roots[0] / "vision"}
+    settings = RouterSettings(**options)
     with pytest.raises(ConfigError, match="it is for the role vision, and this program is router"):
         RouterServer(settings)

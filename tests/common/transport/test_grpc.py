@@ -5,8 +5,11 @@ import logging
 import pytest
 
 from common.service.errors import TransportFailed
+from common.service.keys import Keys
 from common.transport.grpc import GrpcReceiver, GrpcSender
 from common.transport.sender import TransportLimits
+from deploy.keys import main as make_keys
+from deploy.settings import KeysSettings
 from tests.common.transport.fakes import MemorySink, key, make_frame
 
 SECONDS = 20.0
@@ -49,5 +52,24 @@ async def test_resolvers_of_grpc_are_not_for_peers_to_choose(scheme: str):
     with pytest.raises(TransportFailed, match="not an address"):
         await sender.send(packed, payload, SECONDS)
     assert sink.num_placed == 0
+    await sender.close()
+    await receiver.close()
+
+
+async def test_with_keys_features_are_taken_from_vision_servers_only(tmp_path):
+    make_keys(KeysSettings.load([]), ["init", str(tmp_path / "keys")])
+    sink = MemorySink()
+    receiver = GrpcReceiver("127.0.0.1:0", TransportLimits(keys=Keys(tmp_path / "keys", "language")))
+    address = (await receiver.start(sink)).address
+    header, packed, payload = make_frame()
+    for keys in (None, Keys(tmp_path / "keys", "client"), Keys(tmp_path / "keys", "router")):
+        stranger = GrpcSender(address, TransportLimits(keys=keys))
+        with pytest.raises(TransportFailed):
+            await stranger.send(packed, payload, SECONDS)
+        await stranger.close()
+    assert sink.num_placed == 0
+    sender = GrpcSender(address, TransportLimits(keys=Keys(tmp_path / "keys", "vision")))
+    await sender.send(packed, payload, SECONDS)
+    assert set(sink.ready) == {key(header)}
     await sender.close()
     await receiver.close()

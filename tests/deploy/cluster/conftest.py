@@ -19,6 +19,8 @@ import yaml
 from deploy.cluster.rundir import KeeperFile
 from deploy.cluster.state import resolve_name
 from deploy.cluster.status import Observer, Snapshot, load_state
+from deploy.keys import main as make_keys
+from deploy.settings import KeysSettings
 
 TOKEN = "5" * 64
 UP_SECONDS = 120
@@ -129,14 +131,17 @@ class Operator:
         self._directory = directory
         self._address = address
         self._observer: Observer | None = None
+        self._keys = directory / "keys"
+        if not self._keys.exists():
+            make_keys(KeysSettings.load([]), ["init", str(self._keys)])
 
     def run(self, *words: str, seconds: float = UP_SECONDS) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "deploy.cli", *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=self._environ, check=False)
 
     def file(self, name: str, **changes: Any) -> str:
-        """A cluster.yaml: ``SPEC`` with each group's keys changed."""
-        content = {"name": name, "ray": {"address": self._address}, **SPEC}
+        """A cluster.yaml: ``SPEC`` with each group's keys changed. Its servers know one another by certificate."""
+        content = {"name": name, "ray": {"address": self._address}, "keys": str(self._keys), **SPEC}
         for key, value in changes.items():
             content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
         path = self._directory / f"{name}.yaml"

@@ -165,7 +165,10 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(operator, raylets, enviro
             {"language": {"options": {"kv_cache_bytes": 10**15}}},
             r"on 127\.0\.0\.\d: language-0 ended with status 2: language server cannot start: .* use a smaller model",
         ),
-        ({"insecure_network": False, "api_keys": ["k"]}, r"servers on .* will listen there without encryption or keys"),
+        (
+            {"insecure_network": False, "keys": None, "api_keys": ["k"]},
+            r"servers on .* will listen there without encryption or keys",
+        ),
     ]
     files = [operator.file(f"mistake-{index}", **changes) for index, (changes, _) in enumerate(mistakes)]
     with ThreadPoolExecutor(len(files)) as pool:
