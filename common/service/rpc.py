@@ -65,13 +65,12 @@ def bind(server: grpc.aio.Server, listen: str, keys: Keys | None = None, *, guar
     Raises:
         ConfigError: the address is taken, not ours, or open to others without ``keys``.
     """
-    if keys is None and guard != "tickets" and not is_local(listen):
-        if guard == "keys":
-            raise ConfigError(
-                f"--listen {listen}: other machines reach this address, and whoever does would be obeyed: say --keys"
-                " DIR (dvd keys init makes them), or --insecure-network where something else guards the network"
-            )
-        log.warning("INSECURE: %s is open to the network without keys or encryption: whoever comes is obeyed", listen)
+    is_open = keys is None and guard != "tickets" and not is_local(listen)
+    if is_open and guard == "keys":
+        raise ConfigError(
+            f"--listen {listen}: other machines reach this address, and whoever does would be obeyed: say --keys DIR"
+            " (dvd keys init makes them), or --insecure-network where something else guards the network"
+        )
     check_free(listen)  # gRPC would only say that it failed, and take over a socket that somebody listens on
     try:
         port = (
@@ -81,6 +80,8 @@ def bind(server: grpc.aio.Server, listen: str, keys: Keys | None = None, *, guar
         )
     except RuntimeError:
         raise ConfigError(f"cannot listen on {listen}: in use, or not an address of this machine") from None
+    if is_open:
+        log.warning("INSECURE: %s is open to the network without keys or encryption: whoever comes is obeyed", listen)
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 

@@ -80,7 +80,12 @@ CASES = [
         (*VISION, "@HUGE"),
         r"the vision server needs \d+\.\d GB \(weights .* GB\), \d+\.\d GB free on cpu; use a",
     ),
-    (("language", NANO, "--listen=192.0.2.1:9101"), r"cannot listen on 192.0.2.1:9101: not an address of this machine"),
+    (
+        ("language", NANO, "--listen=192.0.2.1:9101", "--insecure-network"),
+        r"cannot listen on 192.0.2.1:9101: not an address of this machine",
+    ),
+    (("vision", NANO, "--listen=0.0.0.0:0"), r"--listen 0.0.0.0:0: other machines reach this address, .* --keys DIR"),
+    ((*LANGUAGE, NANO, "--keys=@DIR/empty"), r"--keys @DIR/empty/ca.crt: No such file or directory"),
     ((*LANGUAGE, NANO, "--feature-listen=@BUSY"), r"cannot listen on @BUSY: in use"),
     ((*LANGUAGE, "@DIR/empty"), r"no config.json in 'empty'"),
     ((*LANGUAGE, NANO, "--kv-cash-bytes=1"), r"unknown flag --kv-cash-bytes; did you mean --kv-cache-bytes\?"),

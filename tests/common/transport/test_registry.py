@@ -66,7 +66,9 @@ def test_a_library_that_is_not_installed_is_the_reason(monkeypatch):
 
 def test_only_transports_that_need_a_port_take_one(monkeypatch):
     listening = []
-    monkeypatch.setattr(registry, "make_receiver", lambda transport, listen: listening.append((transport, listen)))
+    monkeypatch.setattr(
+        registry, "make_receiver", lambda transport, listen, limits: listening.append((transport, listen))
+    )
     make_receivers(["shm", "tcp", "zmq"], "127.0.0.1:4100")
     assert listening[1:] == [("tcp", "127.0.0.1:4100"), ("zmq", "127.0.0.1:4101")]
 
