@@ -149,8 +149,8 @@ class Worker(abc.ABC):
         self._calls: dict[grpc.aio.Call, _OpenCall] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._channel = make_leased_channel(address, keys, self.tier, self.carried)
-        self._stub = self._make_stub(self._channel)
+        self._keys = keys
+        self._connect()
 
     @property
     def is_usable(self) -> bool:
@@ -202,6 +202,7 @@ class Worker(abc.ABC):
 
     async def follow_status(self) -> AsyncIterator[WorkerStatus]:
         """Statuses until the stream ends. Raises Unavailable, in the operator's words, when it breaks or is silent."""
+        await self._take_up_new_keys()
         call = self._stub.WatchStatus(WatchStatusRequest(router_id="router"))
         try:
             while True:
@@ -265,6 +266,18 @@ class Worker(abc.ABC):
 
     async def close(self) -> None:
         await self._channel.close()
+
+    def _connect(self) -> None:
+        self._generation = 0 if self._keys is None else self._keys.generation
+        self._channel = make_leased_channel(self.address, self._keys, self.tier, self.carried)
+        self._stub = self._make_stub(self._channel)
+
+    async def _take_up_new_keys(self) -> None:
+        """Between two status streams no call is open: a channel shows the certificate that it began with."""
+        if self._keys is not None and self._keys.generation != self._generation:
+            before = self._channel
+            self._connect()
+            await before.close()
 
     def _explain(self, error: grpc.aio.AioRpcError) -> str:
         if error.code() == grpc.StatusCode.UNIMPLEMENTED:

@@ -63,11 +63,18 @@ class Keys:
         self._role = role
         self._stamp = self._look()
         self._pair = self._read()
+        self._generation = 0
 
     @classmethod
     def given(cls, directory: Path | None, role: Role) -> Self | None:
         """None where no directory was given."""
         return None if directory is None else cls(directory, role)
+
+    @property
+    def generation(self) -> int:
+        """Another one once the files were replaced by others that are of use."""
+        self._refresh()
+        return self._generation
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """For a server that lets in who has a certificate of the same authority."""
@@ -76,8 +83,14 @@ class Keys:
             pair = self._pair
             return grpc.ssl_server_certificate_configuration([(pair.key, pair.certificate)], pair.ca)
 
+        shown = self.generation
+
         def replaced() -> grpc.ServerCertificateConfiguration | None:
-            return configuration() if self._refresh() else None
+            nonlocal shown
+            if shown == self.generation:
+                return None
+            shown = self._generation
+            return configuration()
 
         return grpc.dynamic_ssl_server_credentials(configuration(), replaced, require_client_authentication=True)
 
@@ -87,19 +100,19 @@ class Keys:
         pair = self._pair
         return grpc.ssl_channel_credentials(pair.ca, pair.key, pair.certificate)
 
-    def _refresh(self) -> bool:
-        """Read what has changed; True if it did and is of use. A server goes on with what it has."""
+    def _refresh(self) -> None:
+        """Read what has changed. If that is of no use, we go on with what we have."""
         try:
             stamp = self._look()
             if stamp == self._stamp:
-                return False
+                return
             self._stamp = stamp  # before reading: what changes meanwhile is seen the next time
             self._pair = self._read()
         except ConfigError as error:
             log.warning("the keys stay as they were: %s", error.message)
-            return False
+            return
+        self._generation += 1
         log.info("keys were replaced: valid until %s", _day(self._pair.expires))
-        return True
 
     def _look(self) -> _Stamp:
         """What tells whether a file is another one."""

@@ -57,3 +57,25 @@ def test_a_router_with_the_keys_of_another_role_does_not_start(roots):
     settings = RouterSettings(**options)
     with pytest.raises(ConfigError, match="it is for the role vision, and this program is router"):
         RouterServer(settings)
+
+
+async def test_a_router_shows_renewed_keys_to_a_server_that_comes_back(tmp_path):
+    make_keys(KeysSettings.load([]), ["init", str(tmp_path / "keys")])
+    shown: list[bytes] = []
+
+    async def watch(request, context):
+        shown.extend(context.auth_context()["x509_pem_cert"])
+        async for status in FakeVision.WatchStatus(system.vision, request, context):
+            yield status
+
+    async with running_system(keys=tmp_path / "keys") as system:
+        before = (tmp_path / "keys" / "router" / "tls.crt").read_bytes()
+        make_keys(KeysSettings.load([]), ["renew", str(tmp_path / "keys")])
+        await system.vision.stop()
+        await system.until(lambda: not system.router.fleet.has_vision)
+        system.vision.WatchStatus = watch
+        await system.vision.start()
+        await system.until(lambda: system.router.fleet.has_vision)
+        assert (await system.chat(messages=[user(png("red"))])).status_code == 200
+        after = (tmp_path / "keys" / "router" / "tls.crt").read_bytes()
+        assert {pem.strip() for pem in shown} == {after.strip()} != {before.strip()}

@@ -1,6 +1,9 @@
 """Programs of one deployment know one another by certificate; whoever has none, or one for another role, gets none."""
 
+import asyncio
 import logging
+import socket
+import ssl
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -137,19 +140,35 @@ async def test_a_stream_is_refused_before_its_first_message(deployments):
         assert vision.num_calls == 1
 
 
+def shown_by(address: str, root: Path) -> bytes:
+    """The certificate of a server, in PEM."""
+    context = ssl.create_default_context(cafile=root / CA_FILE)
+    context.load_cert_chain(root / "router" / CERTIFICATE_FILE, root / "router" / KEY_FILE)
+    host, _, port = address.rpartition(":")
+    name = role_name("vision")
+    with socket.create_connection((host, int(port)), 20) as raw, context.wrap_socket(raw, server_hostname=name) as tls:
+        shown = tls.getpeercert(binary_form=True)
+    assert shown is not None
+    return ssl.DER_cert_to_PEM_cert(shown).encode()
+
+
 async def test_renewed_keys_are_taken_up_without_a_restart_and_bad_ones_are_not(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     root = tmp_path / "keys"
     make_keys(KeysSettings.load([]), ["init", str(root)])
-    async with serving(Keys(root, "vision")) as (_, address):
+    keys = Keys(root, "vision")
+    async with serving(keys) as (_, address):
         path = root / "vision" / CERTIFICATE_FILE
         before = path.read_bytes()
         path.write_bytes(before[:100])
         assert (await probe(rpc.make_channel(address, Keys(root, "router"), "vision"))).num_frames == 7
         assert "the keys stay as they were" in caplog.text
         path.write_bytes(before)
+        assert await asyncio.to_thread(shown_by, address, root) == before
         make_keys(KeysSettings.load(["--days=40"]), ["renew", str(root)])
         assert (await probe(rpc.make_channel(address, Keys(root, "router"), "vision"))).num_frames == 7
+        keys.channel_credentials()  # of the same program: whoever reads them first takes nothing from the others
+        assert await asyncio.to_thread(shown_by, address, root) == path.read_bytes() != before
         expected = (datetime.now(UTC) + timedelta(days=40)).date().isoformat()
         assert f"keys were replaced: valid until {expected}" in caplog.text
 
