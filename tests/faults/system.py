@@ -430,12 +430,12 @@ class System:
         else:
             options = {"model": str(model_directory(NANO))} | options
             options |= {"name": name, "listen": address, "metrics_listen": f"{host}:0"}
+            options["insecure_network"] = name in self._hosts  # which is then those hosts' alone
         if tier == "language":
             port = _FEATURE_PORTS + _PORTS_PER_SERVER * index if self._links is not None else 0
             options |= {"feature_listen": f"{host}:{port}"}
         self.servers[name] = Server(self, name, tier, options, address)
         if name in self._hosts:
-            options |= {} if tier == "router" else {"insecure_network": True}  # it is these hosts' alone
             self.servers[name].prefix = self._hosts[name].command()
 
     def _make_links(self, links: Links) -> None:

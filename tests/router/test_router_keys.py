@@ -59,7 +59,7 @@ def test_a_router_with_the_keys_of_another_role_does_not_start(roots):
         RouterServer(settings)
 
 
-async def test_a_router_shows_renewed_keys_to_a_server_that_comes_back(tmp_path):
+async def test_a_router_shows_renewed_keys_to_a_server_that_comes_back(tmp_path, monkeypatch):
     make_keys(KeysSettings.load([]), ["init", str(tmp_path / "keys")])
     shown: list[bytes] = []
 
@@ -73,7 +73,7 @@ async def test_a_router_shows_renewed_keys_to_a_server_that_comes_back(tmp_path)
         make_keys(KeysSettings.load([]), ["renew", str(tmp_path / "keys")])
         await system.vision.stop()
         await system.until(lambda: not system.router.fleet.has_vision)
-        system.vision.WatchStatus = watch
+        monkeypatch.setattr(system.vision, "WatchStatus", watch)
         await system.vision.start()
         await system.until(lambda: system.router.fleet.has_vision)
         assert (await system.chat(messages=[user(png("red"))])).status_code == 200
