@@ -92,6 +92,8 @@ def test_a_model_is_enough(tmp_path):
         ),
         ("model: nano", "api_keys: without any, everybody who reaches the routers may use them"),
         ("model: nano\nrouters: {host: 0.0.0.0}", "api_keys: without any"),
+        ("model: nano\nkeys: keys", "keys: expected a directory from the root that every node has"),
+        ("model: nano\nvision: {options: {keys: /k}}", "vision.options.keys: say keys"),
         ("model: nano\napi_key_file: keys", "api_key_file: "),
     ],
 )
