@@ -236,7 +236,7 @@ class Discovery:
             if not isinstance(source, Fixed):
                 self._tasks.append(asyncio.create_task(self._follow(source), name=f"follow {source}"))
         for task in self._tasks:
-            task.add_done_callback(_log_death)
+            task.add_done_callback(log_death)
 
     async def close(self) -> None:
         """Stop looking."""
@@ -278,6 +278,7 @@ class Discovery:
             self._on_members(merge(self._found.values()))
 
 
-def _log_death(task: asyncio.Task[None]) -> None:
+def log_death(task: asyncio.Task[None]) -> None:
+    """What follows something until it is told to stop has ended by itself."""
     if not task.cancelled() and task.exception() is not None:
         log.critical("%s died", task.get_name(), exc_info=task.exception())

@@ -48,6 +48,11 @@ class ChatRequest:
         return num_image_tokens + self.generate.ByteSize() // _BYTES_PER_TOKEN
 
     @property
+    def max_num_tokens(self) -> int:
+        """The same and its replies at most, as far as the client has said how long they may be."""
+        return self.num_prompt_tokens + self.num_choices * int(self.generate.sampling.max_tokens)
+
+    @property
     def num_choices(self) -> int:
         return int(self.generate.sampling.n)
 

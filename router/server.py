@@ -4,10 +4,9 @@ Everything a request needs is owned here: the fleet's watchers, the admission bo
 """
 
 import asyncio
-import hashlib
-import hmac
 import logging
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from math import inf
@@ -18,7 +17,7 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from common.service import metrics
-from common.service.errors import AuthenticationFailed, DvdError, HeadersTooLarge
+from common.service.errors import AuthenticationFailed, DvdError, HeadersTooLarge, RateLimited
 from common.service.keys import Keys
 from protos import frame
 from router.admission import Admission, AdmissionLimits, Places, share
@@ -34,11 +33,12 @@ from router.api.openapi import describe
 from router.api.origins import Origins
 from router.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from router.cut_off import CutOff
-from router.discovery import Discovery
+from router.discovery import Discovery, log_death
 from router.fetch.fetcher import MediaFetcher
 from router.fleet import Fleet
 from router.metrics_compat import VllmMetrics
 from router.settings import RouterSettings
+from router.tenants import Tenant, Tenants
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ class RouterServer:
         self.is_draining = False
         self._cut_off = CutOff()
         self._origins = Origins(settings.allowed_origins)
-        self._keys = _Keys([key.get_secret_value() for key in settings.api_key])
+        keys = [key.get_secret_value() for key in settings.api_key]
+        self._tenants = Tenants(keys, settings.api_keys_file, settings.workers)
         self._routes = Router(self._make_routes(), redirect_slashes=False)
 
     @property
@@ -89,24 +90,33 @@ class RouterServer:
             self._check_headers(exchange)
             if self._origins.is_preflight(scope):
                 return await self._origins.answer(scope, receive, exchange.send)
-            self._check_key(exchange)
+            tenant = self._check_key(exchange)
             self._check_drain(exchange)
+            self._check_quota(exchange, tenant)
             # With "app" in the scope starlette raises its 404 and 405 instead of answering in plain text.
             await self._routes({**scope, "app": self}, receive, exchange.send)
         except Exception as error:  # noqa: BLE001 - the seam: every failure becomes an answer
+            if isinstance(error, RateLimited):
+                metrics.QUOTA_REJECTIONS.labels(error.reason).inc()
+                log.info("%s has used up its quota: %s", exchange.tenant, error.reason)
             await exchange.fail(error)
         finally:
             self._count(exchange)
+            exchange.end_grant()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Know the servers and follow them while inside."""
         self._export_gauges()
+        following = asyncio.create_task(self._tenants.follow(), name="follow the keys")
+        following.add_done_callback(log_death)
         try:
             for discovery in self._discoveries:
                 discovery.start()
             yield
         finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
             for discovery in self._discoveries:
                 await discovery.close()
             await self.fleet.close()
@@ -150,6 +160,7 @@ class RouterServer:
             Route("/health", system.Health(lambda: self.is_ready), methods=["GET"]),
             Route("/health/deep", self._make_deep_health(), methods=["GET"]),
             Route("/metrics", system.Metrics(*self._compatible_metrics()), methods=["GET"]),
+            Route("/load", system.Load(lambda: self.admission.num_running), methods=["GET"]),
             Route("/version", system.Version(), methods=["GET"]),
             *self._make_docs(),
         ]
@@ -157,7 +168,7 @@ class RouterServer:
     def _make_docs(self) -> list[Route]:
         if self.settings.disable_docs:
             return []
-        document = describe(has_keys=bool(self._keys))
+        document = describe(has_keys=bool(self._tenants))
         return [
             Route("/openapi.json", StaticPage.json(document), methods=["GET"]),
             Route("/docs", StaticPage.html(render(document)), methods=["GET"]),
@@ -187,16 +198,23 @@ class RouterServer:
         if len(raw) > self.settings.max_headers or num_bytes > self.settings.max_header_bytes:
             raise HeadersTooLarge("the headers are too large")
 
-    def _check_key(self, exchange: Exchange) -> None:
+    def _check_key(self, exchange: Exchange) -> Tenant | None:
         """Every route needs a key unless listed open; the path is the one that routes, never rebuilt from ``Host``."""
-        if not self._keys or exchange.path in _OPEN_PATHS:
-            return
+        if not self._tenants or exchange.path in _OPEN_PATHS:
+            return None
         scheme, _, token = exchange.headers.get("authorization", "").partition(" ")
-        tenant = self._keys.tenant_of(token.strip()) if scheme.lower() == "bearer" else None
+        tenant = self._tenants.find(token.strip()) if scheme.lower() == "bearer" else None
         if tenant is None:
             metrics.AUTH_FAILURES.labels("http").inc()
             raise AuthenticationFailed("a valid API key is required")
-        exchange.tenant = tenant
+        exchange.tenant = tenant.scope
+        return tenant
+
+    def _check_quota(self, exchange: Exchange, tenant: Tenant | None) -> None:
+        """Whatever makes work counts; looking does not."""
+        if tenant is not None and tenant.meter is not None and exchange.method == "POST":
+            exchange.meter = tenant.meter
+            exchange.grant = tenant.meter.enter(time.monotonic())
 
     def _check_drain(self, exchange: Exchange) -> None:
         if self.is_draining and exchange.method == "POST":
@@ -239,19 +257,3 @@ def _limits(settings: RouterSettings) -> AdmissionLimits:
         max_tokens=share(settings.max_num_queued_tokens, settings.workers),
         max_wait=settings.max_queue_time or inf,
     )
-
-
-class _Keys:
-    """API keys, kept and compared as digests; each is a tenant."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def tenant_of(self, token: str) -> str | None:
-        """Name of the key's cache scope, None for a wrong key. Takes the same time for every wrong one."""
-        offered = hashlib.sha256(token.encode()).digest()
-        matches = [digest for digest in self._digests if hmac.compare_digest(digest, offered)]
-        return matches[0].hex() if matches else None

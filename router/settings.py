@@ -70,6 +70,9 @@ class RouterSettings(ServerSettings):
         [], description="origins whose pages may talk to this router from a browser (CORS), * for all; empty: none"
     )
     api_key: list[SecretStr] = Field([], description="accepted bearer tokens; empty: everybody may ask")
+    api_keys_file: Path | None = Field(
+        None, description="YAML file of tenants, their keys and quotas, read again when it changes (SECURITY.md)"
+    )
 
     max_dynamic_patch: Count | None = Field(None, description="tiles per image by default; unset: the model's value")
     max_tiles_per_image: Count = Field(40, description="most tiles a client may ask for, thumbnail not counted")

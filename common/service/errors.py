@@ -10,6 +10,7 @@
     │   └── MediaFetchFailed      ... name media that can be read
     ├── AuthenticationFailed      the client must bring a key
     ├── Overloaded                the client may come again later
+    ├── RateLimited               ... when its tenant's quota has something left
     ├── Unavailable               a part of the system is missing for now; another server may do
     │   └── TransportFailed       ... the way to one peer is broken
     ├── DeadlineExceeded          the time is used up
@@ -114,6 +115,24 @@ class Overloaded(DvdError):
     type = "overloaded_error"
     default_code = "overloaded"
     should_retry = True
+
+
+class RateLimited(DvdError):
+    """A tenant's quota is used up.
+
+    Args:
+        reason: which limit, out of a closed set.
+    """
+
+    http_status = 429
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+    should_retry = True
+
+    def __init__(self, message: str, reason: str, retry_after: float) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.reason = reason
 
 
 class Unavailable(DvdError):

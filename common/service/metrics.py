@@ -97,6 +97,13 @@ REQUESTS_ABORTED = Counter("dvd_requests_aborted", "Requests whose client left, 
 ADMISSION_REJECTIONS = Counter(
     "dvd_admission_rejections", "Refused at the door.", ["class", "reason"], registry=_router
 )
+QUOTA_REJECTIONS = Counter(
+    "dvd_quota_rejections",
+    "Refused because a tenant had used up what it may, by limit: concurrency, requests, tokens, tiles. Which tenant is"
+    " in the log: whoever has a key may read metrics.",
+    ["reason"],
+    registry=_router,
+)
 REQUEST_QUEUE_SECONDS = Histogram(
     "dvd_request_queue_seconds", "Arrival to admission.", ["class"], buckets=_TTFT, registry=_router
 )

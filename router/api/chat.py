@@ -237,6 +237,7 @@ class ChatEndpoint(BodyEndpoint):
             tracing.describe_request(gen_ai__request__model=self._models.name_for(parsed.model))
             sampling = request.generate.sampling
             exchange.record.num_choices, exchange.record.max_tokens = sampling.n, sampling.max_tokens
+            exchange.charge(request.max_num_tokens, exchange.record.num_tiles)
             slot.weigh(request.num_prompt_tokens, exchange.record.num_tiles)
             answer = self._make_answer(exchange, parsed, slot, ignored_header(ignored))
             del parsed  # likewise: it still holds every image in base64

@@ -49,6 +49,7 @@ class CompletionEndpoint(BodyEndpoint):
             requests = await in_thread_if(
                 is_large, translate_completion, parsed, prompts, origin, model, self._settings
             )
+            exchange.charge(sum(request.max_num_tokens for request in requests), 0)
             for prompt, request in zip(asked, requests, strict=True):
                 prompt.slot.weigh(request.num_prompt_tokens, 0)
             answer = self._make_answer(exchange, parsed, asked, ignored_header(ignored))

@@ -7,6 +7,7 @@ therefore how an error must be told: as a status with a JSON body, or as an ``ev
 import logging
 import re
 import secrets
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from common.service.errors import (
     to_http,
 )
 from router.api import sse
+from router.quotas import Grant, Meter
 from router.record import RequestRecord
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,9 @@ class Exchange:
         self.other_records: list[RequestRecord] = []  # of the other prompts, where a request has several
         self.status: int | None = None  # None until the response has begun
         self.code: str | None = None  # of the error the client was told
-        self.tenant = ""  # which API key was used
+        self.tenant = ""  # whose API key was used
+        self.meter: Meter | None = None  # of a tenant with a quota
+        self.grant: Grant | None = None  # once it was let in
         self._is_event_stream = False
         self._is_complete = False
 
@@ -72,11 +76,26 @@ class Exchange:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.record.request_id
+            if self.meter is not None:
+                headers.update(self.meter.headers(time.monotonic()))
             self.status = message["status"]
             self._is_event_stream = headers.get("content-type", "").startswith("text/event-stream")
         elif message["type"] == "http.response.body":
             self._is_complete = not message.get("more_body", False)
         await self._send(message)
+
+    def charge(self, num_tokens: int, num_tiles: int) -> None:
+        """What the request will cost at most, before a server is asked. Raises RateLimited."""
+        if self.grant is not None:
+            self.grant.charge(num_tokens, num_tiles, time.monotonic())
+
+    def end_grant(self) -> None:
+        """What it has cost is known now; safe to call again."""
+        if self.grant is not None:
+            records = [self.record, *self.other_records]
+            num_tokens = sum(record.usage()["total_tokens"] for record in records)
+            is_taken = any(record.admitted_at is not None for record in records)
+            self.grant.end(num_tokens, time.monotonic(), is_taken=is_taken)
 
     async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Send a whole response."""

@@ -65,6 +65,7 @@ OPERATIONS: Final = (
     Operation("get", "/health", "Whether requests can be served.", (), is_open=True, is_probe=True),
     Operation("get", "/health/deep", "Whether one tiny image and one token come through both tiers."),
     Operation("get", "/metrics", "Prometheus metrics.", ("text/plain",)),
+    Operation("get", "/load", "How many requests are being worked on."),
     Operation("get", "/version", "Versions of this build and of its wire format."),
     Operation("get", "/openapi.json", "This document."),
     Operation("get", "/docs", "This document as a page.", ("text/html",)),

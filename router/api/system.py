@@ -1,4 +1,4 @@
-"""``GET /live /health /metrics /version``: what operators and load balancers ask."""
+"""``GET /live /health /metrics /load /version``: what operators and load balancers ask."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -40,6 +40,16 @@ class Metrics:
         await Exchange.of(scope).respond(
             200, metrics.exposition("router", *self._others), {"content-type": _METRICS_TYPE}
         )
+
+
+class Load:
+    """Requests that this process is working on, waiting ones included: what a load balancer compares. vLLM's shape."""
+
+    def __init__(self, num_running: Callable[[], int]) -> None:
+        self._num_running = num_running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await Exchange.of(scope).respond_json({"server_load": self._num_running()})
 
 
 class Version:

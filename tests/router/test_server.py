@@ -38,6 +38,7 @@ async def test_served_names_are_aliases():
 
 
 async def test_version_and_metrics(system):
+    assert (await system.http.get("/load")).json() == {"server_load": 0}
     version = (await system.http.get("/version")).json()
     assert set(version) == {"version", "wire_version"}
     await system.chat(messages=[user(png(), "x")])
@@ -49,7 +50,7 @@ async def test_version_and_metrics(system):
     assert "dvd_vision_items" not in text
 
 
-PATHS = ["/v1/models", "/v1/models/fake", "/metrics", "/version", "/nothing", "/live/", "//live", "/health/x"]
+PATHS = ["/v1/models", "/v1/models/fake", "/metrics", "/load", "/version", "/nothing", "/live/", "//live", "/health/x"]
 
 
 async def test_every_route_but_the_probes_needs_a_key():
