@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AUDIT := build/audit
 comma := ,
 
 .PHONY: install protos check test demo bench soak faults chaos gpu-check bad-images clean
@@ -19,11 +20,18 @@ $(STAMP): pyproject.toml constraints.txt
 protos: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(wildcard protos/*.proto)
 
-check: $(STAMP)
+# An environment of their own: their dependencies are none of ours.
+$(AUDIT)/.installed: Makefile
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@
+
+check: $(STAMP) $(AUDIT)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy protos common vision_server language_server router deploy dvd benchmarks tests
 	$(BIN)/codespell
+	$(BIN)/python -m deploy.supply_chain --tools $(AUDIT)/bin
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 3
