@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from common.service import metrics
+from common.service.settings import Settings
 from router.settings import RouterSettings
 from router.tenants import parse_tenants
 from vision_server.settings import VisionSettings
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "SECURITY.md").read_text("utf-8")
-PROGRAMS = {"router": RouterSettings, "vision": VisionSettings}
+PROGRAMS: dict[str, type[Settings]] = {"router": RouterSettings, "vision": VisionSettings}
 UNITS = {"": 1, "s": 1, "KiB": 2**10, "MB": 10**6, "MiB": 2**20}
 LIMITS = re.findall(r"^\| [^|]+ \| `([^`]+)` \| (\d+) ?(\w*) \| [^|]+ \|$", PAGE, re.MULTILINE)
 
