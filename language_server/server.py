@@ -359,6 +359,7 @@ class LanguageServer:
             load.num_waiting = stats.num_waiting
             load.free_kv_blocks = stats.num_free_blocks
             load.total_kv_blocks = stats.num_total_blocks
+            load.num_preemptions = stats.num_preemptions
         return load
 
     def _export_gauges(self) -> None:

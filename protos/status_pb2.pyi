@@ -85,7 +85,7 @@ class VisionLoad(_message.Message):
     def __init__(self, queued_tiles: _Optional[int] = ..., running_tiles: _Optional[int] = ..., max_queued_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ..., max_batch_tiles: _Optional[int] = ...) -> None: ...
 
 class LanguageLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "free_feature_bytes", "max_num_waiting", "tokens_per_second")
+    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "free_feature_bytes", "max_num_waiting", "tokens_per_second", "num_preemptions")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     FREE_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +93,7 @@ class LanguageLoad(_message.Message):
     FREE_FEATURE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     free_kv_blocks: int
@@ -100,7 +101,8 @@ class LanguageLoad(_message.Message):
     free_feature_bytes: int
     max_num_waiting: int
     tokens_per_second: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., free_feature_bytes: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
+    num_preemptions: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., free_feature_bytes: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class WatchStatusRequest(_message.Message):
     __slots__ = ("router_id",)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from prometheus_client import Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from common.service import metrics
@@ -114,14 +114,20 @@ class VllmMetrics(Collector):
         yield _gauge("num_requests_running", "Requests behind their first token.", model_name, {0: num_running})
         yield _gauge("num_requests_waiting", "Requests before their first token.", model_name, {0: num_waiting})
         yield _gauge("kv_cache_usage_perc", "KV blocks in use, 0 to 1.", model_name, self._kv_cache_usage())
+        preemptions = CounterMetricFamily("vllm:num_preemptions", "Sequences put back to waiting.", labels=_LABELS)
+        for engine, load in self._loads().items():
+            preemptions.add_metric([model_name, str(engine)], load.num_preemptions)
+        yield preemptions
         for name, alias in _ALIASES.items():
             yield alias.named(f"vllm:{name}", {"model_name": model_name, "engine": "0"})
 
     def _kv_cache_usage(self) -> dict[int, float]:
-        """Of the language servers that have said so."""
+        return {engine: _usage(load) for engine, load in self._loads().items() if load.total_kv_blocks}
+
+    def _loads(self) -> dict[int, LanguageLoad]:
+        """Of the language servers that have said something."""
         servers = sorted(self._fleet.language, key=lambda server: (server.name, server.address))
-        loads = {i: server.status.language for i, server in enumerate(servers) if server.status is not None}
-        return {engine: _usage(load) for engine, load in loads.items() if load.total_kv_blocks}
+        return {i: server.status.language for i, server in enumerate(servers) if server.status is not None}
 
 
 def _usage(load: LanguageLoad) -> float:

@@ -587,6 +587,7 @@ async def test_status_tells_routers_what_they_need(system):
     assert not status.model.is_flash
     assert status.language.total_kv_blocks == status.language.free_kv_blocks > 0
     assert status.language.free_feature_bytes == 2**22
+    assert status.language.num_preemptions == 0
     later = await call.read()
     assert later.progress > status.progress  # also without work
     call.cancel()

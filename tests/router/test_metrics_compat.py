@@ -129,7 +129,12 @@ async def test_a_request_is_waiting_then_running_then_neither():
 async def test_a_full_language_server_has_its_own_engine():
     async with running_system(metrics_compat="vllm", num_language=2) as system:
         for server, free in zip(system.languages, (10, 0), strict=True):
-            server.change(load=LanguageLoad(free_kv_blocks=free, total_kv_blocks=10))
+            server.change(load=LanguageLoad(free_kv_blocks=free, total_kv_blocks=10, num_preemptions=10 - free))
         await system.until(lambda: all_have_reported(system))
+        preempted = (await families(system))["vllm:num_preemptions"].samples
+        assert {sample.labels["engine"]: (sample.name, sample.value) for sample in preempted} == {
+            "0": ("vllm:num_preemptions_total", 0),
+            "1": ("vllm:num_preemptions_total", 10),
+        }
         usage = (await families(system))["vllm:kv_cache_usage_perc"].samples
         assert {sample.labels["engine"]: sample.value for sample in usage} == {"0": 0, "1": 1}
