@@ -1,4 +1,4 @@
-"""The ServiceMonitors use fields that the Prometheus operator knows (monitoring.coreos.com/v1) and ask a route of ours."""
+"""The ServiceMonitors use fields that the Prometheus operator knows (monitoring.coreos.com/v1), and a route of ours."""
 
 from pathlib import Path
 from typing import Annotated, Literal

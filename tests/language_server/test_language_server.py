@@ -1,6 +1,7 @@
 """The server as its neighbours meet it: over gRPC, with features from real senders, against the undivided model."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -587,9 +588,13 @@ async def test_status_tells_routers_what_they_need(system):
     assert not status.model.is_flash
     assert status.language.total_kv_blocks == status.language.free_kv_blocks > 0
     assert status.language.free_feature_bytes == 2**22
-    assert status.language.num_preemptions == 0
     later = await call.read()
     assert later.progress > status.progress  # also without work
+    assert later.language.num_preemptions == 0
+    engine = system.server.engine
+    engine.stats = dataclasses.replace(engine.stats, num_preemptions=3)  # it is idle: nobody else writes them
+    while (await call.read()).language.num_preemptions != 3:  # the call has a deadline
+        pass
     call.cancel()
 
 
