@@ -99,7 +99,8 @@ class Meter:
         """
         limit = self._quota.max_concurrent_requests
         if limit is not None and self.num_running >= limit:
-            raise RateLimited(f"at most {limit} requests at a time are allowed", "concurrency", _BUSY_SECONDS)
+            message = f"at most {limit} requests at a time are allowed"
+            raise RateLimited(message, reason="concurrency", retry_after=_BUSY_SECONDS)
         self._check({"requests": 1, "tokens": 1, "tiles": 0}, now)
         self._take("requests", 1, now)
         self.num_running += 1
@@ -128,7 +129,8 @@ class Meter:
         for reason, amount in amounts.items():
             bucket = self._buckets.get(reason)
             if bucket is not None and (seconds := bucket.wait(amount, now)) > 0:
-                raise RateLimited(f"at most {bucket.per_minute} {reason} per minute are allowed", reason, seconds)
+                message = f"at most {bucket.per_minute} {reason} per minute are allowed"
+                raise RateLimited(message, reason=reason, retry_after=seconds)
 
     def _take(self, reason: Reason, amount: int, now: float) -> None:
         if reason in self._buckets:

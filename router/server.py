@@ -101,8 +101,8 @@ class RouterServer:
                 log.info("%s has used up its quota: %s", exchange.tenant, error.reason)
             await exchange.fail(error)
         finally:
-            self._count(exchange)
             exchange.end_grant()
+            self._count(exchange)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -125,13 +125,21 @@ class RateLimited(DvdError):
     """
 
     http_status = 429
-    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    grpc_status = grpc.StatusCode.ABORTED  # RESOURCE_EXHAUSTED says that a server is full
     type = "rate_limit_error"
     default_code = "rate_limit_exceeded"
     should_retry = True
 
-    def __init__(self, message: str, reason: str, retry_after: float) -> None:
-        super().__init__(message, retry_after=retry_after)
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "requests",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, code=code, param=param, retry_after=retry_after)
         self.reason = reason
 
 
@@ -186,8 +194,8 @@ class CheckpointError(StartupError):
 _FROM_GRPC: Mapping[grpc.StatusCode, type[DvdError]] = {
     kind.grpc_status: kind
     for kind in (
-        InvalidRequest, NotFound, AuthenticationFailed, Overloaded, Unavailable, DeadlineExceeded, Cancelled,
-        PeerRefused, InternalError,
+        InvalidRequest, NotFound, AuthenticationFailed, Overloaded, RateLimited, Unavailable, DeadlineExceeded,
+        Cancelled, PeerRefused, InternalError,
     )
 }  # fmt: skip
 
