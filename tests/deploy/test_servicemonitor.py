@@ -39,7 +39,7 @@ class Endpoint(Record):
 
 class Requirement(Record):
     key: str
-    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
+    operator: Literal["In", "Exists", "DoesNotExist"]
     values: list[str] = []
 
 
