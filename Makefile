@@ -4,18 +4,30 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AUDIT := build/audit
+CLIENTS := build/clients
 comma := ,
 
-.PHONY: install protos check test demo bench soak faults chaos gpu-check bad-images clean
+.PHONY: install clients protos check test demo bench soak faults chaos gpu-check bad-images clean
 
 install: $(STAMP)
 
 # torch first and by exact version: an unpinned torch may bring gigabytes of CUDA to a machine without a GPU.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	UV_COMPILE_BYTECODE=1 ./install.sh $(BIN) $(VENV) -c constraints.txt torch
+	UV_COMPILE_BYTECODE=1 ./install.sh $(BIN) $(VENV) -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
+
+# Programs that tests/clients runs against DvD, each in an environment of its own: their dependencies suit neither
+# each other nor ours.
+clients: $(patsubst tests/clients/requirements/%.txt,$(CLIENTS)/%/.installed,$(wildcard tests/clients/requirements/*.txt))
+
+$(CLIENTS)/%/.installed: tests/clients/requirements/%.txt | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	./install.sh $(BIN) $(@D) --no-deps -r $<
+	touch $@
 
 protos: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(wildcard protos/*.proto)
@@ -33,7 +45,7 @@ check: $(STAMP) $(AUDIT)/.installed
 	$(BIN)/codespell
 	$(BIN)/python -m deploy.supply_chain --tools $(AUDIT)/bin
 
-test: $(STAMP)
+test: $(STAMP) clients
 	$(BIN)/python -m pytest -n 3
 
 demo: $(STAMP)

@@ -26,6 +26,7 @@ SLOWEST: Final = (
     "tests/faults/",
     "tests/deploy/cluster/test_cluster.py",
     "tests/end_to_end/",
+    "tests/clients/",
     "tests/benchmarks/test_compare.py",
     "tests/benchmarks/test_table18.py",
     "tests/deploy/cluster/test_local_head.py",
@@ -64,6 +65,8 @@ def _one_after_the_other(nodeid: str) -> str:
     module = nodeid.partition("::")[0]
     if module.startswith("tests/end_to_end/") and not any(name in module for name in OF_THEIR_OWN):
         return "nano"
+    if module.startswith("tests/clients/"):
+        return "clients"
     if module.endswith("faults/test_chaos.py"):
         return "chaos"  # has a system of its own
     if module.startswith("tests/faults/"):
