@@ -7,7 +7,7 @@ AUDIT := build/audit
 CLIENTS := build/clients
 comma := ,
 
-.PHONY: install clients protos check test demo bench soak faults chaos gpu-check bad-images clean
+.PHONY: install clients protos check test demo bench soak faults chaos fuzz gpu-check bad-images clean
 
 install: $(STAMP)
 
@@ -75,6 +75,12 @@ CHAOS_SECONDS ?= 3600
 CHAOS_SEED ?= 1
 chaos: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos --seconds $(CHAOS_SECONDS) --seed $(CHAOS_SEED)
+
+# Feature frames and requests of our own wire, mutated: a minute of frames is part of `make test`.
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -n 0 -rP \
+	  tests/fuzz tests/language_server/test_mutated_requests.py tests/vision_server/test_mutated_requests.py
 
 # What only a GPU can show: exit status 1 where it computes something else than it should.
 gpu-check: $(STAMP)

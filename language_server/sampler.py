@@ -25,6 +25,9 @@ _NUM_CANDIDATES = 1024  # a full sort of a large vocabulary is slow on a CPU, an
 _NEGATIVE_INFINITY = float("-inf")
 _NEVER = -1e30  # so small that any other token is chosen, and still the one that a constraint leaves
 _NOT_A_NUMBER = -1  # in place of a token id
+# What divides logits may be as small as float32 allows. Within these bounds the result is still a number.
+_LEAST_TEMPERATURE = 1e-6
+_LARGEST_LOGIT = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ def _penalise(logits: torch.Tensor, sequence: Sequence) -> None:
         seen = to_device(sorted(set(sequence.token_ids)), logits.device)
         values = logits[seen]
         penalty = sampling.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp_(max=_LARGEST_LOGIT)
     if sequence.output_token_ids and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = Counter(sequence.output_token_ids)
         ids = to_device(list(counts), logits.device)
@@ -163,7 +166,7 @@ def _penalise(logits: torch.Tensor, sequence: Sequence) -> None:
 def _sample_random(logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
     """Token ids [num_rows] by inversion of each row's distribution function, tokens in order of their ids."""
     params = [sequence.sampling for sequence in sequences]
-    logits = logits / _column([sampling.temperature for sampling in params], logits)
+    logits = logits / _column([max(sampling.temperature, _LEAST_TEMPERATURE) for sampling in params], logits)
     if any(sampling.min_p > 0 for sampling in params):
         floor = _column([math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf for sampling in params], logits)
         logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + floor, _NEGATIVE_INFINITY)

@@ -23,6 +23,7 @@ settings.load_profile("shared machine")
 
 SLOWEST: Final = (
     "tests/faults/test_chaos.py",
+    "tests/fuzz/",
     "tests/faults/",
     "tests/deploy/cluster/test_cluster.py",
     "tests/end_to_end/",

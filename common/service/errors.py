@@ -25,14 +25,17 @@ Foreign errors become ours where the foreign library is called. Messages are rea
 host names or tracebacks, at most 64 characters of a bad value (API.md section 5).
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import grpc
 
 MAX_MESSAGE_CHARS = 512
 _CODE_KEY = "dvd-code"
 _PARAM_KEY = "dvd-param"
+_UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
+"""gRPC takes no such metadata, and would say INTERNAL instead of all."""
 
 
 class DvdError(Exception):
@@ -204,7 +207,7 @@ def to_grpc(error: DvdError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str
     """Status, details and trailing metadata that ``from_grpc`` turns back into the same error."""
     metadata = [(_CODE_KEY, error.code)]
     if error.param is not None:
-        metadata.append((_PARAM_KEY, error.param))
+        metadata.append((_PARAM_KEY, _UNPRINTABLE.sub("?", error.param[:MAX_MESSAGE_CHARS])))
     return error.grpc_status, error.message, tuple(metadata)
 
 

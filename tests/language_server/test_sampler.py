@@ -77,6 +77,16 @@ def test_high_temperature_flattens_low_temperature_sharpens():
     assert len(draw(RISING, 500, temperature=50.0)) == VOCAB
 
 
+@pytest.mark.parametrize("tiny", [1e-7, 1e-30, 1.4e-45])
+def test_numbers_that_float32_can_hardly_hold_are_no_way_past_a_constraint(tiny):
+    """Divided by these, logits would be infinite, and probabilities no numbers."""
+    logits = 100 * RISING
+    assert token_ids(logits, constrained(3, 4, temperature=tiny)) == [4]
+    assert token_ids(logits, make_sequence(temperature=tiny)) == [VOCAB - 1]
+    assert token_ids(logits, constrained(1, 2, 3, repetition_penalty=tiny))[0] in (1, 2)
+    assert token_ids(logits, make_sequence(prompt=(1,), repetition_penalty=tiny)) == [1]
+
+
 def test_the_same_seed_and_position_give_the_same_token_in_any_company():
     logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(1))
     ours = make_sequence(outputs=[4, 5, 6], seed=11, top_p=0.9)

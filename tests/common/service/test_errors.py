@@ -57,6 +57,8 @@ async def test_every_error_keeps_its_meaning_over_the_wire(server, kind):
     error = await raised_by_unary(stub)
     assert (error.message, error.code, error.param) == ("said so", "some_code", "messages[0]")
     assert error.grpc_status == kind.grpc_status
+    servicer.error = kind("said so", param="a\nb\x00\u05d0")  # gRPC would say INTERNAL instead of it
+    assert (await raised_by_unary(stub)).param == "a?b??"
     assert error.type == kind.type
     assert error.should_retry == kind.should_retry
 
