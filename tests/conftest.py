@@ -41,7 +41,13 @@ SLOWEST: Final = (
 ROOT: Final = Path(__file__).parents[1]
 KERNELS: Final = ROOT / "language_server" / "kernels" / "__pycache__"
 """Where Numba keeps what it has compiled."""
-OF_THEIR_OWN: Final = ("test_node_groups", "test_parity", "test_start_up_errors", "test_tensor_parallel")
+OF_THEIR_OWN: Final = (
+    "test_node_groups",
+    "test_openapi",
+    "test_parity",
+    "test_start_up_errors",
+    "test_tensor_parallel",
+)
 """Modules of ``end_to_end`` that start their own systems; the others share one."""
 
 

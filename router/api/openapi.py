@@ -80,15 +80,26 @@ def describe(*, has_keys: bool) -> dict[str, Any]:
     """
     requests = [operation.request for operation in OPERATIONS if operation.request is not None]
     _, schemas = msgspec.json.schema_components([*requests, ErrorBody], ref_template=_REF)
+    schemas["CompletionRequest"]["required"] = ["prompt"]  # which is read in a second step
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "DvD", "version": version("dvd-serve")},
         "paths": {operation.path: {operation.method: _describe(operation, has_keys)} for operation in OPERATIONS},
-        "components": {"schemas": schemas},
+        "components": {"schemas": _as_ecma(schemas)},
     }
     if has_keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return document
+
+
+def _as_ecma(schema: Any) -> Any:
+    """Patterns as JSON Schema reads them: its ``$`` is the end and nothing else, Python's is ``\\Z``."""
+    if isinstance(schema, dict):
+        return {
+            key: value.replace(r"\Z", "$") if key == "pattern" and isinstance(value, str) else _as_ecma(value)
+            for key, value in schema.items()
+        }
+    return [_as_ecma(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def _describe(operation: Operation, has_keys: bool) -> dict[str, Any]:

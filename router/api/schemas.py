@@ -27,6 +27,11 @@ StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}\Z")]
 Uuid = Annotated[str, Meta(pattern=r"^[\x20-\x7e]{1,128}\Z")]
+# A schema knows keys as text only.
+_ID_NAMES: Final = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024, extra_json_schema=_ID_NAMES)
+]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Detail = Literal["low", "high", "auto"]
 FrameCount = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
@@ -206,7 +211,7 @@ class GenerationFields(Struct):
     seed: Int64 | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=16)] | None = None
-    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    logit_bias: LogitBias | None = None
     bad_words: Annotated[list[BadWord], Meta(max_length=128)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

@@ -31,16 +31,24 @@ TokenIdList = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]
 TextPrompt = str | list[int]
 
 # Of fields that are read in a second step.
-_IDS_SCHEMA: Final = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TEXT_SCHEMA: Final = {"type": "string", "minLength": 1}
+_ID_SCHEMA: Final = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
+_IDS_SCHEMA: Final = {"type": "array", "items": _ID_SCHEMA, "minItems": 1, "maxItems": MAX_TOKENS}
 _PROMPT_SCHEMA: Final = {
     "oneOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {**_IDS_SCHEMA, "minItems": 1},
+        _TEXT_SCHEMA,
+        {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
+        _IDS_SCHEMA,
         {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
     ]
 }
-_MESSAGES_SCHEMA: Final = {"type": "array", "description": "As in a chat request."}
+_MESSAGES_SCHEMA: Final = {
+    "type": ["array", "null"],
+    "description": "As in a chat request.",
+    "items": {"$ref": "#/components/schemas/Message"},
+    "minItems": 1,
+    "maxItems": 1024,
+}
 
 
 class TokenizeRequest(Struct):
