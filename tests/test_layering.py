@@ -21,8 +21,15 @@ MAY_IMPORT = {
 EXCEPTIONS = {("deploy/cli.py", "benchmarks")}
 ONLY_DEPLOY = {"ray"}
 BANNED_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
-HTTP_CLIENTS = {"aiohttp", "http.client", "httpcore", "httpx", "requests", "urllib.request", "urllib3"}
-BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "send_pyobj", "recv_pyobj"}
+HTTP_CLIENTS = {
+    *("aiohttp", "http.client", "httpcore", "httpcore2", "httplib2", "httpx", "niquests", "pycurl", "requests"),
+    *("urllib.request", "urllib3", "websockets"),
+}
+BANNED_CALLS = {
+    *("eval", "exec", "builtins.eval", "builtins.exec", "__import__", "send_pyobj", "recv_pyobj", "torch.load"),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.full_load_all", "yaml.unsafe_load"),
+}
+BANNED_NAMES = BANNED_CALLS - {"eval", "exec", "__import__"}
 TORCH_FREE = (
     "router",
     "protos",
@@ -53,6 +60,14 @@ def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             yield node.lineno, node.module or ""
+
+
+def imported_names(path: Path) -> Iterator[tuple[int, str]]:
+    """Modules, and what is imported from them."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+    yield from imported_modules(path)
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -93,7 +108,7 @@ def test_one_file_asks_strangers():
     clients = [
         (str(path.relative_to(ROOT)), module)
         for path in python_files("router", "common", "vision_server", "language_server")
-        for _, module in imported_modules(path)
+        for _, module in sorted(imported_names(path))
         if module.split(".")[0] in HTTP_CLIENTS or module in HTTP_CLIENTS
     ]
     assert clients == [("router/fetch/fetcher.py", "httpcore")]
@@ -101,19 +116,53 @@ def test_one_file_asks_strangers():
 
 def test_nothing_unpickles_or_evaluates():
     """RELIABILITY.md section 5.9, on the syntax tree, without exceptions."""
-    wrong = []
-    for path in python_files(*MAY_IMPORT):
-        wrong += [
-            f"{path.relative_to(ROOT)}:{line} imports {module}"
-            for line, module in imported_modules(path)
-            if module.split(".")[0] in BANNED_MODULES
-        ]
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and _called(node) in BANNED_CALLS:
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {_called(node)}")
-            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-                wrong.append(f"{path.relative_to(ROOT)}:{node.value.lineno} mentions trust_remote_code")
+    wrong = [f"{path.relative_to(ROOT)}:{fault}" for path in python_files(*MAY_IMPORT) for fault in faults(path)]
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("import pickle", "from pickle import loads", "import dill, json", "from marshal import loads"),
+        *(
+            "torch.load(path)",
+            "from torch import load",
+            "np.load(path, allow_pickle=True)",
+            "np.load(path, None, flag)",
+        ),
+        *("yaml.load(text, yaml.SafeLoader)", "from yaml import unsafe_load", "self.socket.recv_pyobj()"),
+        *("socket.send_pyobj(x)", "eval(text)", "exec(text)", "builtins.eval(text)", '__import__("os")'),
+        *("AutoModel.from_pretrained(path, trust_remote_code=flag)",),
+    ],
+)
+def test_a_fault_is_seen(tmp_path, line):
+    (tmp_path / "bad.py").write_text(f"x = 1\n{line}\n")
+    assert list(faults(tmp_path / "bad.py"))
+
+
+def test_what_is_no_fault(tmp_path):
+    lines = ["model.eval()", "yaml.safe_load(text)", "json.load(file)", "numpy.load(path, allow_pickle=False)"]
+    (tmp_path / "good.py").write_text("\n".join(lines))
+    assert not list(faults(tmp_path / "good.py"))
+
+
+def faults(path: Path) -> Iterator[str]:
+    for line, name in imported_names(path):
+        if name.split(".")[0] in BANNED_MODULES or name in BANNED_NAMES:
+            yield f"{line} imports {name}"
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and (_called(node) in BANNED_CALLS or _loads_any_array(node)):
+            yield f"{node.lineno} calls {_called(node)}"
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            yield f"{node.value.lineno} mentions trust_remote_code"
+
+
+def _loads_any_array(call: ast.Call) -> bool:
+    """``np.load`` with ``allow_pickle``, by name or as its third argument, unless it says False."""
+    flags = [keyword.value for keyword in call.keywords if keyword.arg == "allow_pickle"]
+    if _called(call) in ("np.load", "numpy.load"):
+        flags += call.args[2:3]
+    return any(not (isinstance(flag, ast.Constant) and flag.value is False) for flag in flags)
 
 
 def _called(node: ast.Call) -> str:
@@ -122,5 +171,7 @@ def _called(node: ast.Call) -> str:
             return name
         case ast.Attribute(value=ast.Name(id=owner), attr=name):
             return name if name.endswith("_pyobj") else f"{owner}.{name}"
+        case ast.Attribute(attr=("recv_pyobj" | "send_pyobj") as name):
+            return name
         case _:
             return ""

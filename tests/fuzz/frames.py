@@ -77,6 +77,8 @@ def seeds() -> Iterator[bytes]:
         yield b"".join(pack(each, bits) for each in good)
         for each in (*good, *strange):
             yield pack(each, bits) * 2
+    yield pack(good[1], _SIGN)[:-1] + b"\1"  # damaged on its way
+    yield pack(good[1], _SIGN | _MEND)[:-4] + struct.pack("<f", math.nan)
 
 
 def pack(each: FrameHeader, bits: int) -> bytes:
