@@ -104,10 +104,20 @@ class HttpProtocol(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    def _is_in_its_body(self) -> bool:
+        """Whether the request that is being answered has not ended, and no answer begun."""
+        return self._has_headers and self._is_answering() and not self.pipeline and not self.cycle.response_started
+
     def _refuse(self, error: DvdError) -> None:
         """Answer and hang up. In the middle of another answer there is no place for this one."""
         self._stop_waiting()
-        if not self._is_answering() and not self.transport.is_closing():
+        if self._is_in_its_body():
+            # The endpoint, which waits for more of it, hears that its client has left.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        elif self._is_answering():
+            return self.transport.close()
+        if not self.transport.is_closing():
             metrics.HTTP_REQUESTS.labels("other", "other", error.http_status).inc()
             self.transport.write(_response(error))
         self.transport.close()

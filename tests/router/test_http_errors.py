@@ -1,15 +1,19 @@
 """Every error on every route has OpenAI's shape, the right status and code, and reaches no server."""
 
 import asyncio
+import contextlib
 import json
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from common.service.errors import ConfigError, InvalidRequest, Overloaded
 from router.api.layout import IMAGE_MARKER
+from router.api.schemas import parse_chat
+from router.api.text_schemas import parse_completion, parse_detokenize, parse_tokenize
 from router.settings import RouterSettings
 from tests.router.conftest import CHAT, data_url, error_of, png, running_system, user
 from tests.router.fakes import digest
@@ -279,6 +283,80 @@ BAD_JSON = [
     b"[" * 1_000_000,
     b'{"messages": [{"role": "user", "content": "x"}], "x": [' + b"[]," * 200_001 + b"[]]}",
 ]
+
+
+HUGE = b"9" * 5000
+# As in JSONTestSuite: what no parser may take, each in a field that nobody reads, so that only a parser refuses it.
+NO_JSON = [
+    *(b"[1,]", b"[,1]", b"[1 2]", b"{1: 2}", b"{'a': 1}", b'{"a" 1}', b'{"a": 1,}', b'{"a": 1 // x\n}', b"[1", b"]"),
+    *(b"01", b"+1", b".5", b"1.", b"1e", b"1e+", b"0x1", b"-", b"--1", b"-NaN", b"nan", b"inf", b"-Infinity", b"1_0"),
+    *(b"True", b"nul", b"undefined", b'"a', b"'a'", b'"\\x41"', b'"\\u12"', b'"\\', b'"a\nb"', b'"a\0b"', b"\0"),
+    *(b"\x0c1", b"\xff\xfe", b"\xc2\xa01"),
+]  # fmt: skip
+NO_TEXT = [b'"\xc0\xaf"', b'"\xed\xa0\x80"', b'"\xf5\x80\x80\x80"', b'"\xe2\x82"', b'"\\udc00"', b'"\\ud800\\ud800"']
+"""Not UTF-8, or half a surrogate pair."""
+# Parsers may differ about these, but none may fail otherwise.
+ODD_JSON = [
+    *(b"1e400", b"-1e400", b"1e-400", HUGE, b"-" + HUGE, b"0." + HUGE, b"1e" + HUGE, b"-0", b"-0.0", b"1E+2"),
+    *(b'"\\u0000"', b'"\xef\xbb\xbf"', b'"\xf4\x8f\xbf\xbf"', b'{"a": 1, "a": 2}', b'{"": 0}', b'{"\\u0000": 1}'),
+    *(b"[" * 60 + b"]" * 60, b'"' + b"\\u12e4" * 20_000 + b'"', *NO_TEXT),
+]  # fmt: skip
+READ_FIELDS = ("max_tokens", "seed", "temperature", "n", "user", "stop", "logit_bias", "model", "stream")
+RAW_FIELDS = (
+    b'"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"title": %s}}}',
+    b'"structured_outputs": {"json": {"title": %s}}',
+    b'"structured_outputs": {"regex": %s}',
+    b'"structured_outputs": {"choice": [%s]}',
+    b'"tools": [{"type": %s}], "tool_choice": "none"',
+)
+"""That are read in a second step, or passed on."""
+
+
+ROUTES: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
+    CHAT: (parse_chat, b'{"messages": [{"role": "user", "content": "x"}]'),
+    "/v1/completions": (parse_completion, b'{"prompt": "x"'),
+    "/tokenize": (parse_tokenize, b'{"prompt": "x"'),
+    "/detokenize": (parse_detokenize, b'{"tokens": [1]'),
+}
+
+
+@pytest.mark.parametrize(("parse", "start"), ROUTES.values(), ids=ROUTES)
+def test_every_route_reads_the_same_json(parse, start):
+    def refusal(body: bytes) -> InvalidRequest:
+        with pytest.raises(InvalidRequest) as refused:
+            parse(body)
+        return refused.value
+
+    for value in NO_JSON:
+        assert refusal(start + b', "nobody_reads": ' + value + b"}").code == "invalid_json", value
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        assert refusal((start + b"}").decode().encode(encoding)).code == "invalid_json", encoding
+    for value in NO_TEXT:
+        refusal(start.replace(b'"x"', value).replace(b"[1]", b"[" + value + b"]") + b"}")
+    for value in ODD_JSON:
+        with contextlib.suppress(InvalidRequest):
+            parse(start + b', "nobody_reads": ' + value + b"}")
+
+
+async def test_odd_json_where_it_is_read(system):
+    start = ROUTES[CHAT][1]
+    fields = [*RAW_FIELDS, *(b'"%s": %%s' % name.encode() for name in READ_FIELDS)]
+    for field in fields:
+        for value in ODD_JSON:
+            response = await system.http.post(CHAT, content=start + b", " + field.replace(b"%s", value) + b"}")
+            assert response.status_code in (200, 400, 404), (field, value[:40], response.text[:200])
+            if response.status_code != 200:
+                assert "9" * 65 not in error_of(response)["message"]
+    await system.until_idle()
+
+
+async def test_of_a_name_that_comes_twice_the_last_counts_and_all_are_checked(system):
+    x, y = (json.dumps([user(text)]).encode() for text in "xy")
+    assert (await system.http.post(CHAT, content=b'{"messages": %s, "messages": %s}' % (x, y))).status_code == 200
+    assert system.language.requests[-1].messages[0].parts[0].text == "y"
+    assert (await system.http.post(CHAT, content=b'{"n": 0, "messages": %s, "n": 1}' % x)).status_code == 400
+    body = b'{"guided_json": {}, "messages": [{"role": "user", "content": "x"}], "guided_json": null}'
+    assert (await system.http.post(CHAT, content=body)).status_code == 200
 
 
 async def test_malformed_bodies(system):

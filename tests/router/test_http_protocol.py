@@ -66,6 +66,104 @@ async def test_what_is_not_http(system):
         assert error_in(await talk(system, request)) == (400, "invalid_value"), request
 
 
+BODY = json.dumps({"messages": [user("x")]}).encode()
+POST = b"POST %s HTTP/1.1\r\nHost: x\r\n" % CHAT.encode()
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+WHOLE = POST + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+BAD_CHUNKS: Sequence[bytes] = [
+    CHUNKED + b"zz\r\nx\r\n0\r\n\r\n",
+    CHUNKED + b"-1\r\nx\r\n0\r\n\r\n",
+    CHUNKED + b"0x1\r\nx\r\n0\r\n\r\n",
+    CHUNKED + b"\r\nx\r\n0\r\n\r\n",
+    CHUNKED + b"1\r\nxy\r\n0\r\n\r\n",
+    CHUNKED + b"ffffffffffffffffff\r\nx",
+]
+# Where two readers of these disagree, the second request is one's and the other's body. CL.TE, TE.CL, and headers that
+# only some take for Transfer-Encoding.
+HIDDEN = b"GET /version HTTP/1.1\r\nHost: y\r\n\r\n"
+SMUGGLED: Sequence[bytes] = [
+    POST + b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n%s" % (5 + len(HIDDEN), HIDDEN),
+    POST + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN),
+    POST + b"Transfer-Encoding: xchunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n%s" % HIDDEN,
+    POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n%s" % HIDDEN,
+    POST + b"Transfer-Encoding : chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n%s" % HIDDEN,
+    POST + b"Transfer-Encoding\x0b: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n%s" % HIDDEN,
+    POST + b"X: y\r\n Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n%s" % HIDDEN,
+    POST + b"Content-Length: +5\r\n\r\n0\r\n\r\n%s" % HIDDEN,
+    POST + b"Content-Length: 5, 5\r\n\r\n0\r\n\r\n%s" % HIDDEN,
+    POST + b"Content-Length: 99999999999999999999\r\n\r\n%s" % HIDDEN,
+]
+
+
+async def test_bad_chunks(system):
+    for request in BAD_CHUNKS:
+        answer = await talk(system, request)
+        assert answer.startswith(b"HTTP/1.1 400"), (request, answer)
+        assert answer.count(b"HTTP/1.1 ") == 1
+    assert system.language.requests == []
+    await system.until_idle()
+
+
+@pytest.mark.parametrize("request_bytes", SMUGGLED)
+async def test_no_request_hides_in_another(system, request_bytes):
+    answer = await talk(system, request_bytes)
+    assert answer.startswith(b"HTTP/1.1 4"), answer
+    assert b"wire_version" not in answer
+    assert answer.count(b"HTTP/1.1 ") == 1
+    await system.until_idle()
+
+
+async def test_requests_one_after_another_on_one_connection(system):
+    """Sent at once, answered in their order."""
+    last = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answer = await talk(system, WHOLE + HIDDEN + WHOLE + last)
+    assert answer.count(b"HTTP/1.1 200") == 4
+    kinds = [b"chat.completion", b"wire_version", b"chat.completion", b"wire_version"]
+    places = [answer.index(kinds[0]), answer.index(kinds[1]), answer.rindex(kinds[2]), answer.rindex(kinds[3])]
+    assert places == sorted(places)
+
+
+async def test_http_1_0(system):
+    answer = await talk(system, b"GET /version HTTP/1.0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200") and b"wire_version" in answer
+    streamed = json.dumps({"messages": [user("x")], "stream": True}).encode()
+    head = b"POST %s HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(streamed))
+    answer = await talk(system, head + streamed)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.rstrip(b"\r\n0").endswith(b"data: [DONE]")
+
+
+async def test_who_waits_to_be_told_to_continue(system):
+    url = urlsplit(system.url)
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    head = POST + b"Connection: close\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+    async with asyncio.timeout(10):
+        writer.write(head)
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(BODY)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "host", [b"x/live?", b"x?/health", b"x#", b"/live", b"", b"x\r\nHost: /live", b"[::1]:x", b"a" * 4000]
+)
+async def test_a_host_is_no_path(host):
+    async with running_system(api_key=["sesame"]) as system:
+        lines = b"Host: %s\r\nConnection: close\r\n\r\n" % host
+        for target in (
+            b"/version",
+            b"http://x/version",
+            b"//live",
+            b"/live/../version",
+            b"/version?/live",
+            b"/%6cive/",
+        ):
+            answer = await talk(system, b"GET %s HTTP/1.1\r\n%s" % (target, lines))
+            assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400")), (target, answer)
+            assert b"wire_version" not in answer
+
+
 async def test_headers_that_never_end(system):
     assert error_in(await talk(system, HEAD, b"a: " + b"b" * 70_000)) == (431, "headers_too_large")
     assert error_in(await talk(system, b"GET /" + b"a" * 70_000)) == (431, "headers_too_large")
