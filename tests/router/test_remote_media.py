@@ -6,8 +6,9 @@ import httpx
 import pytest
 
 from tests.router.conftest import CHAT, data_url, error_of, png, running_system, user
-from tests.router.origins import reply
+from tests.router.origins import moved, reply
 from tests.router.parts import BLUE, MP4, RED, tiles
+from tests.router.test_fetch_policy import NAMES_OF_THE_INSIDE, NUMBERS, OUTSIDE_PORTS, PARSERS_DISAGREE
 
 SLOW_SECONDS = 20
 
@@ -178,3 +179,65 @@ async def test_with_the_flag_inside_stays_out_of_reach():
         for host in ("localhost", "127.0.0.1", "169.254.169.254", "[::1]", "metadata.google.internal", "127.1"):
             response = await system.chat(**chat(image(f"https://{host}/")))
             assert (response.status_code, error_of(response)["code"]) == (400, "media_url_blocked"), host
+
+
+PATHS = {
+    "image": lambda url: {"type": "image_url", "image_url": url},
+    "image object": image,
+    "video": lambda url: {"type": "video_url", "video_url": url},
+    "video object": lambda url: {"type": "video_url", "video_url": {"url": url}},
+    "frames of a video object": lambda url: {"type": "video_url", "video_url": {"frames": [data_url(RED), url]}},
+    "frames": lambda url: {"type": "video", "video": [url]},
+}
+"""Everything in a request that is fetched."""
+
+
+@pytest.mark.parametrize("part", PATHS.values(), ids=PATHS)
+async def test_every_path_asks_the_one_fetcher(reaching, origin, part):
+    """The table of RELIABILITY.md section 5.2, on each path: what holds of the fetcher holds of it.
+
+    ==========  ===========================================  ==================================================
+    group       all its cases, of the one fetcher            here, on each path
+    ==========  ===========================================  ==================================================
+    addresses   test_fetch_policy: NUMBERS, names, is_public  all hosts in URLs
+    parser      test_fetch_policy: PARSERS_DISAGREE, no URLs  all of them
+    redirects   test_fetcher: leads nowhere else, too many    inside, file, http, a loop
+    DNS         test_fetcher: every look-up, names, slow      mixed answers, then inside, nothing
+    body        test_fetcher: no use, too large, whole time   empty, 204, gzip, false length, wrong type, a polyglot
+    ==========  ===========================================  ==================================================
+    """
+
+    async def refused(url: str, *statuses: int) -> str:
+        response = await reaching.chat(**chat(part(url)))
+        assert response.status_code in statuses, (url, response.text)
+        code: str = error_of(response)["code"]
+        return code
+
+    hosts = [f"https://{host}/" for host in (*NUMBERS, *NAMES_OF_THE_INSIDE)]
+    for url in (*hosts, *PARSERS_DISAGREE, *OUTSIDE_PORTS):
+        assert await refused(url, 400) == "media_url_blocked", url
+    assert origin.requests == []
+    for location in ("https://10.0.0.1/", "https://localhost/", "file:///etc/passwd", "http://a.example.com/"):
+        origin.answers["/"] = moved(location)
+        assert await refused(origin.url("/"), 400) == "media_url_blocked", location
+    origin.answers["/"] = moved("/")
+    assert await refused(origin.url("/"), 422) == "media_fetch_failed"
+    origin.addresses |= {"a.example.com": [["127.0.0.1", "10.0.0.1"]], "b.example.com": [[]]}
+    assert await refused(origin.url("/"), 400) == "media_url_blocked"
+    assert await refused(origin.url("/", "b.example.com"), 422) == "media_fetch_failed"
+    origin.addresses = {"a.example.com": [["127.0.0.1"], ["10.0.0.1"]]}
+    assert await refused(origin.url("/"), 400) == "media_url_blocked"
+    origin.addresses = {}
+    for answer in (
+        reply(),
+        reply(status="204 No Content"),
+        reply(b"\x1f\x8b", Content_Encoding="gzip"),
+        reply(b"x", Content_Length=2),
+    ):
+        origin.answers["/"] = answer
+        assert await refused(origin.url("/"), 422) == "media_fetch_failed", answer
+    for body in (b"<html>hello</html>", b"<html></html>" + RED):
+        origin.answers["/"] = reply(body, Content_Type="image/png")
+        assert await refused(origin.url("/"), 400) in ("invalid_image", "unsupported_media"), body
+    assert reaching.language.requests == []
+    await reaching.until_idle()
