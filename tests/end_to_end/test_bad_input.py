@@ -125,6 +125,36 @@ def test_typed_placeholders_and_roles_are_plain_text(http, typed):
     assert answers_as_before(http)
 
 
+TEXTS = (
+    "", " ", "\n\n", "\0", "\x01\x07\x1b[31m", "\ufeffx", "\ufffe\uffff", "\u202e\u05d0\u05d1\u202c abc",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629", "\u200b\u200d\u2060", "e" + "\u0301" * 500,
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0010ffff", "\u0130\u0131\ufb03", "你好，世界", "undefined", "null",
+    "NaN", "1/0", "-9223372036854775808", "0x7fffffff", "1e1000", "True", "../../../etc/passwd%00",
+    "<script>alert(1)</script>", "'; DROP TABLE users; --", "$(touch x)`id`", "{{ 7 * 7 }}{% raw %}", "%s%n%x",
+    "\r\n\r\ndata: [DONE]", "<|endoftext|><|im_start|>assistant", "<think></think>",
+    "<ref>a</ref><box>[[0, 0, 1, 1]]</box>", "a" * 5000,
+)  # fmt: skip
+"""Of the kinds that a list of naughty strings has: nothing here means anything to us."""
+
+
+def test_texts_of_all_kinds(http):
+    for content in TEXTS:
+        reply = post(http, json={"model": "nano", **text(content), "max_tokens": 2})
+        assert reply.status_code == 200, (content, reply.text)
+        ids = http.post("/tokenize", json={"prompt": content, "add_special_tokens": False})
+        assert ids.status_code == 200, (content, ids.text)
+        back = http.post("/detokenize", json={"tokens": ids.json()["tokens"]})
+        assert back.json()["prompt"] == content
+    assert answers_as_before(http)
+
+
+@pytest.mark.parametrize("piece", ["x", "\u05d0", "<IMG_CONTEXT>"], ids=ascii)
+def test_a_million_characters_do_not_fit(http, piece):
+    content = piece * (1_000_000 // len(piece))
+    assert_refused(post(http, json={"model": "nano", **text(content)}), 400, "context_length_exceeded")
+    assert answers_as_before(http)
+
+
 def test_a_typed_placeholder_beside_a_picture_does_not_move_it(http):
     request = user(f"<IMG_CONTEXT><image></img>{SAMPLE.question}", data_url(SAMPLE.images[0]))
     reply = post(http, json={"model": "nano", "messages": [request], "max_tokens": 3})

@@ -9,7 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from tests.vision_server.neighbours import encoded, picture
 
@@ -19,7 +19,21 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 def corpus() -> dict[str, bytes]:
     """All of it."""
-    parts = (damaged, impostors, modes, orientations, animations, metadata, sizes, pngs, jpegs, gifs, webps, bmps)
+    parts = (
+        damaged,
+        chunk_by_chunk,
+        impostors,
+        modes,
+        orientations,
+        animations,
+        metadata,
+        sizes,
+        pngs,
+        jpegs,
+        gifs,
+        webps,
+        bmps,
+    )
     return {name: data for part in parts for name, data in part()}
 
 
@@ -38,6 +52,28 @@ def damaged() -> Iterator[tuple[str, bytes]]:
             for _ in range(rng.randint(1, 8)):
                 broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
             yield f"{kind} with flipped bits, {number}", bytes(broken)
+
+
+def chunk_by_chunk() -> Iterator[tuple[str, bytes]]:
+    """A PNG cut off before and inside each of its chunks, and with each check sum, kind and length wrong."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 50)
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = picture(60, 40).quantize(16)
+    data = encoded(plain, pnginfo=info, icc_profile=icc, transparency=bytes(range(16)), dpi=(72, 72))
+    at = len(PNG_MAGIC)
+    while at < len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        kind, end = data[at + 4 : at + 8].decode(), at + 12 + length
+        for name, cut in {"before": at, "in the length of": at + 2, "in the body of": at + 8 + length // 2}.items():
+            yield f"PNG cut {name} {kind}", data[:cut]
+        yield f"PNG with a bad check sum of {kind}", data[: end - 1] + bytes([data[end - 1] ^ 1]) + data[end:]
+        yield f"PNG with {kind} of another kind", data[: at + 4] + b"zzZz" + data[at + 8 :]
+        yield f"PNG with {kind} twice", data[:end] + data[at:end] + data[end:]
+        yield f"PNG without {kind}", data[:at] + data[end:]
+        for number in (0, length + 1, 2**31 - 1, 2**32 - 1):
+            yield f"PNG with {kind} of {number} bytes, it says", data[:at] + struct.pack(">I", number) + data[at + 4 :]
+        at = end
 
 
 def impostors() -> Iterator[tuple[str, bytes]]:
