@@ -78,8 +78,8 @@ BAD_CHUNKS: Sequence[bytes] = [
     CHUNKED + b"1\r\nxy\r\n0\r\n\r\n",
     CHUNKED + b"ffffffffffffffffff\r\nx",
 ]
-# Where two readers of these disagree, the second request is one's and the other's body. CL.TE, TE.CL, and headers that
-# only some take for Transfer-Encoding.
+# Where two readers of these disagree, the second request is one's and the other's body: both lengths, in either order,
+# and headers that only some take for Transfer-Encoding.
 HIDDEN = b"GET /version HTTP/1.1\r\nHost: y\r\n\r\n"
 SMUGGLED: Sequence[bytes] = [
     POST + b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n%s" % (5 + len(HIDDEN), HIDDEN),
@@ -98,8 +98,7 @@ SMUGGLED: Sequence[bytes] = [
 async def test_bad_chunks(system):
     for request in BAD_CHUNKS:
         answer = await talk(system, request)
-        assert answer.startswith(b"HTTP/1.1 400"), (request, answer)
-        assert answer.count(b"HTTP/1.1 ") == 1
+        assert error_in(answer) == (400, "invalid_value"), request
     assert system.language.requests == []
     await system.until_idle()
 

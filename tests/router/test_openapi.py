@@ -43,6 +43,7 @@ async def test_the_schema_is_that_of_the_types_which_read_requests(system):
     document = (await system.http.get("/openapi.json")).json()
     schemas = document["components"]["schemas"]
     assert set(schemas["ChatCompletionRequest"]["properties"]) == set(ChatCompletionRequest.__struct_fields__)
+    assert schemas["Part"]["properties"]["uuid"]["anyOf"][0]["pattern"] == "^[\\x20-\\x7e]{1,128}$"  # not Python's end
     assert schemas["CompletionRequest"]["properties"]["logprobs"]["anyOf"][0] == {
         "type": "integer",
         "minimum": 0,
