@@ -141,6 +141,7 @@ class LocalDeployment:
             "vision": [_socket(root, name) for name in visions],
             "language": [_socket(root, name) for name in languages],
             "served_model_name": settings.model_names,
+            "playground": settings.has_playground,
         }
         self._router.append(self._start_server(root, "router", "router", options_of("router", settings) | placed))
 

@@ -96,6 +96,11 @@ class _ServeOptions(Settings):
         le=19,
         description="OS priority of the vision servers; unset: 19 on a CPU, idle cores only, decode comes first",
     )
+    playground: bool | None = Field(
+        None,
+        description="a page at / to chat with the model and to watch requests on their way; default: yes, unless API"
+        " keys are set",
+    )
     startup_timeout: float = Field(1800.0, gt=0, description="seconds until everything must be ready")
     shutdown_timeout: float = Field(60.0, gt=0, description="seconds running requests get to end on shutdown")
 
@@ -107,6 +112,11 @@ class _ServeOptions(Settings):
                 # Not a ValueError: pydantic would show all options beside the message.
                 raise ConfigError(f"{flag} cannot be combined with --colocated: both tiers are one process then")
         return self
+
+    @property
+    def has_playground(self) -> bool:
+        """Its files are open to all who reach this router: where there are keys, somebody must have asked for it."""
+        return not getattr(self, "api_key", None) if self.playground is None else self.playground
 
     @property
     def model_names(self) -> list[str]:

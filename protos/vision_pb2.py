@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from protos import status_pb2 as protos_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/vision.proto\x12\x06\x64vd.v1\x1a\x13protos/status.proto\"\x8a\x01\n\rTilingOptions\x12\x19\n\x11min_dynamic_patch\x18\x01 \x01(\r\x12\x19\n\x11max_dynamic_patch\x18\x02 \x01(\r\x12\x15\n\ruse_thumbnail\x18\x03 \x01(\x08\x12\x18\n\x10\x65xif_orientation\x18\x04 \x01(\x08\x12\x12\n\nnum_frames\x18\x05 \x01(\r\"\x9c\x01\n\nVirOptions\x12\x1d\n\x04mode\x18\x01 \x01(\x0e\x32\x0f.dvd.v1.VirMode\x12\x1f\n\x05scope\x18\x02 \x01(\x0e\x32\x10.dvd.v1.VirScope\x12\x1a\n\x12relative_threshold\x18\x03 \x01(\x02\x12\x1a\n\x12\x61\x62solute_threshold\x18\x04 \x01(\x02\x12\x16\n\x0erequest_scores\x18\x05 \x03(\x02\"\xdf\x02\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x13\n\x0bimage_index\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0f\n\x07mm_hash\x18\x04 \x01(\x0c\x12\r\n\x05image\x18\x05 \x01(\x0c\x12%\n\x06tiling\x18\x06 \x01(\x0b\x32\x15.dvd.v1.TilingOptions\x12$\n\ndeliver_to\x18\x07 \x03(\x0b\x32\x10.dvd.v1.Endpoint\x12\x0e\n\x06ticket\x18\x08 \x01(\x0c\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.dvd.v1.FeatureDtype\x12\x12\n\nimage_hash\x18\n \x01(\x0c\x12\x1f\n\x03vir\x18\x0b \x01(\x0b\x32\x12.dvd.v1.VirOptions\x12\x12\n\nfirst_tile\x18\x0c \x01(\r\x12\x11\n\tnum_tiles\x18\r \x01(\r\x12\x16\n\x0eseals_features\x18\x0e \x01(\x08\"\x9e\x01\n\x0b\x45ncodeReply\x12\x11\n\tnum_tiles\x18\x01 \x01(\r\x12\x17\n\x0ftokens_per_tile\x18\x02 \x03(\r\x12\x15\n\rfeature_bytes\x18\x03 \x01(\x04\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x11\n\tcache_hit\x18\x05 \x01(\x08\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.dvd.v1.VisionTimings\"X\n\x0cScoreRequest\x12\x12\n\nimage_hash\x18\x01 \x01(\x0c\x12\r\n\x05image\x18\x02 \x01(\x0c\x12%\n\x06tiling\x18\x03 \x01(\x0b\x32\x15.dvd.v1.TilingOptions\"/\n\nScoreReply\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12\x11\n\tcache_hit\x18\x02 \x01(\x08\"\x1d\n\x0cProbeRequest\x12\r\n\x05video\x18\x01 \x01(\x0c\"1\n\nProbeReply\x12\x0f\n\x07seconds\x18\x01 \x01(\x02\x12\x12\n\nnum_frames\x18\x02 \x01(\r\"\xaf\x01\n\x0e\x45xtractRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12%\n\x06tiling\x18\x02 \x01(\x0b\x32\x15.dvd.v1.TilingOptions\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.dvd.v1.FeatureDtype\x12!\n\x04kind\x18\x04 \x01(\x0e\x32\x13.dvd.v1.FeatureKind\x12\x1f\n\x03vir\x18\x05 \x01(\x0b\x32\x12.dvd.v1.VirOptions\"{\n\x0c\x45xtractReply\x12\x12\n\nfirst_tile\x18\x01 \x01(\r\x12\x17\n\x0fnum_image_tiles\x18\x02 \x01(\r\x12\x17\n\x0ftokens_per_tile\x18\x03 \x03(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0c\"\\\n\rVisionTimings\x12\x11\n\tdecode_ms\x18\x01 \x01(\x02\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x11\n\tencode_ms\x18\x03 \x01(\x02\x12\x13\n\x0btransfer_ms\x18\x04 \x01(\x02*^\n\x07VirMode\x12\x18\n\x14VIR_MODE_UNSPECIFIED\x10\x00\x12\x10\n\x0cVIR_MODE_OFF\x10\x01\x12\x11\n\rVIR_MODE_AUTO\x10\x02\x12\x14\n\x10VIR_MODE_FORCE64\x10\x03*i\n\x08VirScope\x12\x19\n\x15VIR_SCOPE_UNSPECIFIED\x10\x00\x12\x15\n\x11VIR_SCOPE_REQUEST\x10\x01\x12\x13\n\x0fVIR_SCOPE_IMAGE\x10\x02\x12\x16\n\x12VIR_SCOPE_ABSOLUTE\x10\x03*k\n\x0b\x46\x65\x61tureKind\x12\x1c\n\x18\x46\x45\x41TURE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x45\x41TURE_KIND_PROJECTED\x10\x01\x12\"\n\x1e\x46\x45\x41TURE_KIND_LAST_HIDDEN_STATE\x10\x02\x32\xa2\x02\n\x06Vision\x12\x34\n\x06\x45ncode\x12\x15.dvd.v1.EncodeRequest\x1a\x13.dvd.v1.EncodeReply\x12\x31\n\x05Score\x12\x14.dvd.v1.ScoreRequest\x1a\x12.dvd.v1.ScoreReply\x12\x31\n\x05Probe\x12\x14.dvd.v1.ProbeRequest\x1a\x12.dvd.v1.ProbeReply\x12\x39\n\x07\x45xtract\x12\x16.dvd.v1.ExtractRequest\x1a\x14.dvd.v1.ExtractReply0\x01\x12\x41\n\x0bWatchStatus\x12\x1a.dvd.v1.WatchStatusRequest\x1a\x14.dvd.v1.WorkerStatus0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/vision.proto\x12\x06\x64vd.v1\x1a\x13protos/status.proto\"\x8a\x01\n\rTilingOptions\x12\x19\n\x11min_dynamic_patch\x18\x01 \x01(\r\x12\x19\n\x11max_dynamic_patch\x18\x02 \x01(\r\x12\x15\n\ruse_thumbnail\x18\x03 \x01(\x08\x12\x18\n\x10\x65xif_orientation\x18\x04 \x01(\x08\x12\x12\n\nnum_frames\x18\x05 \x01(\r\"\x9c\x01\n\nVirOptions\x12\x1d\n\x04mode\x18\x01 \x01(\x0e\x32\x0f.dvd.v1.VirMode\x12\x1f\n\x05scope\x18\x02 \x01(\x0e\x32\x10.dvd.v1.VirScope\x12\x1a\n\x12relative_threshold\x18\x03 \x01(\x02\x12\x1a\n\x12\x61\x62solute_threshold\x18\x04 \x01(\x02\x12\x16\n\x0erequest_scores\x18\x05 \x03(\x02\"\xdf\x02\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x13\n\x0bimage_index\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0f\n\x07mm_hash\x18\x04 \x01(\x0c\x12\r\n\x05image\x18\x05 \x01(\x0c\x12%\n\x06tiling\x18\x06 \x01(\x0b\x32\x15.dvd.v1.TilingOptions\x12$\n\ndeliver_to\x18\x07 \x03(\x0b\x32\x10.dvd.v1.Endpoint\x12\x0e\n\x06ticket\x18\x08 \x01(\x0c\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.dvd.v1.FeatureDtype\x12\x12\n\nimage_hash\x18\n \x01(\x0c\x12\x1f\n\x03vir\x18\x0b \x01(\x0b\x32\x12.dvd.v1.VirOptions\x12\x12\n\nfirst_tile\x18\x0c \x01(\r\x12\x11\n\tnum_tiles\x18\r \x01(\r\x12\x16\n\x0eseals_features\x18\x0e \x01(\x08\"\xc1\x01\n\x0b\x45ncodeReply\x12\x11\n\tnum_tiles\x18\x01 \x01(\r\x12\x17\n\x0ftokens_per_tile\x18\x02 \x03(\r\x12\x15\n\rfeature_bytes\x18\x03 \x01(\x04\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x11\n\tcache_hit\x18\x05 \x01(\x08\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.dvd.v1.VisionTimings\x12!\n\x06groups\x18\x07 \x03(\x0b\x32\x11.dvd.v1.TileGroup\"\x95\x01\n\tTileGroup\x12\x12\n\nfirst_tile\x18\x01 \x01(\r\x12\x11\n\tnum_tiles\x18\x02 \x01(\r\x12\x11\n\tqueued_ms\x18\x03 \x01(\x02\x12\x12\n\nstarted_ms\x18\x04 \x01(\x02\x12\x10\n\x08\x65nded_ms\x18\x05 \x01(\x02\x12\x0f\n\x07sent_ms\x18\x06 \x01(\x02\x12\x17\n\x0f\x61\x63knowledged_ms\x18\x07 \x01(\x02\"X\n\x0cScoreRequest\x12\x12\n\nimage_hash\x18\x01 \x01(\x0c\x12\r\n\x05image\x18\x02 \x01(\x0c\x12%\n\x06tiling\x18\x03 \x01(\x0b\x32\x15.dvd.v1.TilingOptions\"/\n\nScoreReply\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12\x11\n\tcache_hit\x18\x02 \x01(\x08\"\x1d\n\x0cProbeRequest\x12\r\n\x05video\x18\x01 \x01(\x0c\"1\n\nProbeReply\x12\x0f\n\x07seconds\x18\x01 \x01(\x02\x12\x12\n\nnum_frames\x18\x02 \x01(\r\"\xaf\x01\n\x0e\x45xtractRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12%\n\x06tiling\x18\x02 \x01(\x0b\x32\x15.dvd.v1.TilingOptions\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.dvd.v1.FeatureDtype\x12!\n\x04kind\x18\x04 \x01(\x0e\x32\x13.dvd.v1.FeatureKind\x12\x1f\n\x03vir\x18\x05 \x01(\x0b\x32\x12.dvd.v1.VirOptions\"{\n\x0c\x45xtractReply\x12\x12\n\nfirst_tile\x18\x01 \x01(\r\x12\x17\n\x0fnum_image_tiles\x18\x02 \x01(\r\x12\x17\n\x0ftokens_per_tile\x18\x03 \x03(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0c\"\\\n\rVisionTimings\x12\x11\n\tdecode_ms\x18\x01 \x01(\x02\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x11\n\tencode_ms\x18\x03 \x01(\x02\x12\x13\n\x0btransfer_ms\x18\x04 \x01(\x02*^\n\x07VirMode\x12\x18\n\x14VIR_MODE_UNSPECIFIED\x10\x00\x12\x10\n\x0cVIR_MODE_OFF\x10\x01\x12\x11\n\rVIR_MODE_AUTO\x10\x02\x12\x14\n\x10VIR_MODE_FORCE64\x10\x03*i\n\x08VirScope\x12\x19\n\x15VIR_SCOPE_UNSPECIFIED\x10\x00\x12\x15\n\x11VIR_SCOPE_REQUEST\x10\x01\x12\x13\n\x0fVIR_SCOPE_IMAGE\x10\x02\x12\x16\n\x12VIR_SCOPE_ABSOLUTE\x10\x03*k\n\x0b\x46\x65\x61tureKind\x12\x1c\n\x18\x46\x45\x41TURE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x45\x41TURE_KIND_PROJECTED\x10\x01\x12\"\n\x1e\x46\x45\x41TURE_KIND_LAST_HIDDEN_STATE\x10\x02\x32\xa2\x02\n\x06Vision\x12\x34\n\x06\x45ncode\x12\x15.dvd.v1.EncodeRequest\x1a\x13.dvd.v1.EncodeReply\x12\x31\n\x05Score\x12\x14.dvd.v1.ScoreRequest\x1a\x12.dvd.v1.ScoreReply\x12\x31\n\x05Probe\x12\x14.dvd.v1.ProbeRequest\x1a\x12.dvd.v1.ProbeReply\x12\x39\n\x07\x45xtract\x12\x16.dvd.v1.ExtractRequest\x1a\x14.dvd.v1.ExtractReply0\x01\x12\x41\n\x0bWatchStatus\x12\x1a.dvd.v1.WatchStatusRequest\x1a\x14.dvd.v1.WorkerStatus0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.vision_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VIRMODE']._serialized_start=1485
-  _globals['_VIRMODE']._serialized_end=1579
-  _globals['_VIRSCOPE']._serialized_start=1581
-  _globals['_VIRSCOPE']._serialized_end=1686
-  _globals['_FEATUREKIND']._serialized_start=1688
-  _globals['_FEATUREKIND']._serialized_end=1795
+  _globals['_VIRMODE']._serialized_start=1672
+  _globals['_VIRMODE']._serialized_end=1766
+  _globals['_VIRSCOPE']._serialized_start=1768
+  _globals['_VIRSCOPE']._serialized_end=1873
+  _globals['_FEATUREKIND']._serialized_start=1875
+  _globals['_FEATUREKIND']._serialized_end=1982
   _globals['_TILINGOPTIONS']._serialized_start=53
   _globals['_TILINGOPTIONS']._serialized_end=191
   _globals['_VIROPTIONS']._serialized_start=194
@@ -45,21 +45,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODEREQUEST']._serialized_start=353
   _globals['_ENCODEREQUEST']._serialized_end=704
   _globals['_ENCODEREPLY']._serialized_start=707
-  _globals['_ENCODEREPLY']._serialized_end=865
-  _globals['_SCOREREQUEST']._serialized_start=867
-  _globals['_SCOREREQUEST']._serialized_end=955
-  _globals['_SCOREREPLY']._serialized_start=957
-  _globals['_SCOREREPLY']._serialized_end=1004
-  _globals['_PROBEREQUEST']._serialized_start=1006
-  _globals['_PROBEREQUEST']._serialized_end=1035
-  _globals['_PROBEREPLY']._serialized_start=1037
-  _globals['_PROBEREPLY']._serialized_end=1086
-  _globals['_EXTRACTREQUEST']._serialized_start=1089
-  _globals['_EXTRACTREQUEST']._serialized_end=1264
-  _globals['_EXTRACTREPLY']._serialized_start=1266
-  _globals['_EXTRACTREPLY']._serialized_end=1389
-  _globals['_VISIONTIMINGS']._serialized_start=1391
-  _globals['_VISIONTIMINGS']._serialized_end=1483
-  _globals['_VISION']._serialized_start=1798
-  _globals['_VISION']._serialized_end=2088
+  _globals['_ENCODEREPLY']._serialized_end=900
+  _globals['_TILEGROUP']._serialized_start=903
+  _globals['_TILEGROUP']._serialized_end=1052
+  _globals['_SCOREREQUEST']._serialized_start=1054
+  _globals['_SCOREREQUEST']._serialized_end=1142
+  _globals['_SCOREREPLY']._serialized_start=1144
+  _globals['_SCOREREPLY']._serialized_end=1191
+  _globals['_PROBEREQUEST']._serialized_start=1193
+  _globals['_PROBEREQUEST']._serialized_end=1222
+  _globals['_PROBEREPLY']._serialized_start=1224
+  _globals['_PROBEREPLY']._serialized_end=1273
+  _globals['_EXTRACTREQUEST']._serialized_start=1276
+  _globals['_EXTRACTREQUEST']._serialized_end=1451
+  _globals['_EXTRACTREPLY']._serialized_start=1453
+  _globals['_EXTRACTREPLY']._serialized_end=1576
+  _globals['_VISIONTIMINGS']._serialized_start=1578
+  _globals['_VISIONTIMINGS']._serialized_end=1670
+  _globals['_VISION']._serialized_start=1985
+  _globals['_VISION']._serialized_end=2275
 # @@protoc_insertion_point(module_scope)

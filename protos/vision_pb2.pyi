@@ -100,20 +100,40 @@ class EncodeRequest(_message.Message):
     def __init__(self, request_id: _Optional[bytes] = ..., image_index: _Optional[int] = ..., attempt: _Optional[int] = ..., mm_hash: _Optional[bytes] = ..., image: _Optional[bytes] = ..., tiling: _Optional[_Union[TilingOptions, _Mapping]] = ..., deliver_to: _Optional[_Iterable[_Union[_status_pb2.Endpoint, _Mapping]]] = ..., ticket: _Optional[bytes] = ..., dtype: _Optional[_Union[_status_pb2.FeatureDtype, str]] = ..., image_hash: _Optional[bytes] = ..., vir: _Optional[_Union[VirOptions, _Mapping]] = ..., first_tile: _Optional[int] = ..., num_tiles: _Optional[int] = ..., seals_features: _Optional[bool] = ...) -> None: ...
 
 class EncodeReply(_message.Message):
-    __slots__ = ("num_tiles", "tokens_per_tile", "feature_bytes", "transport", "cache_hit", "timings")
+    __slots__ = ("num_tiles", "tokens_per_tile", "feature_bytes", "transport", "cache_hit", "timings", "groups")
     NUM_TILES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_TILE_FIELD_NUMBER: _ClassVar[int]
     FEATURE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     num_tiles: int
     tokens_per_tile: _containers.RepeatedScalarFieldContainer[int]
     feature_bytes: int
     transport: str
     cache_hit: bool
     timings: VisionTimings
-    def __init__(self, num_tiles: _Optional[int] = ..., tokens_per_tile: _Optional[_Iterable[int]] = ..., feature_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., timings: _Optional[_Union[VisionTimings, _Mapping]] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[TileGroup]
+    def __init__(self, num_tiles: _Optional[int] = ..., tokens_per_tile: _Optional[_Iterable[int]] = ..., feature_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., timings: _Optional[_Union[VisionTimings, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[TileGroup, _Mapping]]] = ...) -> None: ...
+
+class TileGroup(_message.Message):
+    __slots__ = ("first_tile", "num_tiles", "queued_ms", "started_ms", "ended_ms", "sent_ms", "acknowledged_ms")
+    FIRST_TILE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TILES_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_MS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_MS_FIELD_NUMBER: _ClassVar[int]
+    SENT_MS_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGED_MS_FIELD_NUMBER: _ClassVar[int]
+    first_tile: int
+    num_tiles: int
+    queued_ms: float
+    started_ms: float
+    ended_ms: float
+    sent_ms: float
+    acknowledged_ms: float
+    def __init__(self, first_tile: _Optional[int] = ..., num_tiles: _Optional[int] = ..., queued_ms: _Optional[float] = ..., started_ms: _Optional[float] = ..., ended_ms: _Optional[float] = ..., sent_ms: _Optional[float] = ..., acknowledged_ms: _Optional[float] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("image_hash", "image", "tiling")

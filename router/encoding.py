@@ -34,7 +34,7 @@ async def encode_missing(fleet: Fleet, request: ChatRequest, admitted: Admitted,
 async def _collect_scores(fleet: Fleet, request: ChatRequest, record: RequestRecord) -> Scores:
     started_at = time.monotonic()
     scores = await collect_scores(fleet, request.images, request.deadline)
-    record.score_seconds = time.monotonic() - started_at
+    record.score_started_at, record.score_seconds = started_at, time.monotonic() - started_at
     return scores
 
 
@@ -91,8 +91,9 @@ async def _encode(
 
     async def encode(vision: VisionWorker, attempt: int) -> EncodeReply:
         call.attempt = attempt
-        record.encode_attempts += 1
-        return await vision.encode(call, num_tiles, request.deadline.remaining())
+        with record.encode(vision.name, index) as encoding:
+            encoding.reply = await vision.encode(call, num_tiles, request.deadline.remaining())
+            return encoding.reply
 
     prefer = part.server if scores is None else scores.servers[index]
     try:

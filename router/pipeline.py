@@ -128,6 +128,7 @@ class _Run:
                 if admitted.num_replayed_tokens != self._progress.num_tokens:
                     raise Unavailable("a language server cannot go on with a reply")
             self._is_admitted = True
+            self._record.language = language.name
             self._record.admitted(admitted)
             tracing.describe_request(server__address=language.name, dvd__attempt=self._record.num_replays)
             try:

@@ -5,7 +5,8 @@ Times are seconds of the monotonic clock inside and milliseconds outside (API.md
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Literal
@@ -46,6 +47,17 @@ class Deadline:
 
 
 @dataclass(slots=True)
+class EncodeCall:
+    """One attempt at an image, or at a part of one. Without a reply at its end it failed, or came too late."""
+
+    server: str
+    image_index: int
+    started_at: float = field(default_factory=time.monotonic)
+    ended_at: float | None = None
+    reply: EncodeReply | None = None
+
+
+@dataclass(slots=True)
 class RequestRecord:
     """Filled in while a request moves through the router."""
 
@@ -58,16 +70,20 @@ class RequestRecord:
     num_images: int = 0
     num_videos: int = 0
     num_tiles: int = 0  # thumbnails and frames included
+    media_started_at: float | None = None
     media_seconds: float | None = None
+    score_started_at: float | None = None
     score_seconds: float | None = None
     num_choices: int = 1  # asked for
     max_tokens: int = 0  # asked for, of each choice; 0: as many as there is room for
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     encode_attempts: int = 0
+    encodes: list[EncodeCall] = field(default_factory=list)  # of every attempt
     encoded: list[EncodeReply] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
     num_replays: int = 0  # times that another language server went on with the reply
+    language: str = ""  # name of the language server that has it now
     is_prompt_read: bool = False  # by the language server that has the request now, or it needs not be
     admitted_at: float | None = None  # the first time
     first_token_at: dict[int, float] = field(default_factory=dict)
@@ -108,6 +124,17 @@ class RequestRecord:
         self.is_prompt_read = True  # or there was nothing left to read it for
         self.finished[finished.choice] = self._across_servers(finished) if self.num_replays else finished
         metrics.REQUEST_SUCCESS.labels(finished.finish_reason).inc()
+
+    @contextmanager
+    def encode(self, server: str, image_index: int) -> Iterator[EncodeCall]:
+        """An attempt that lasts as long as the block; whoever runs it adds the reply."""
+        call = EncodeCall(server, image_index)
+        self.encode_attempts += 1
+        self.encodes.append(call)
+        try:
+            yield call
+        finally:
+            call.ended_at = time.monotonic()
 
     def age(self) -> float:
         """Seconds since the request came in."""

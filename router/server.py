@@ -39,10 +39,14 @@ from router.fleet import Fleet
 from router.metrics_compat import VllmMetrics
 from router.settings import RouterSettings
 from router.tenants import Tenant, Tenants
+from router.ui.page import Playground
+from router.ui.pipeline_view import PipelineView
+from router.ui.recent import Recent
 
 log = logging.getLogger(__name__)
 
 _OPEN_PATHS: Final = frozenset({"/live", "/health"})
+_FOLLOWED_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _DRAIN_POLL_SECONDS: Final = 0.05
 
@@ -72,6 +76,9 @@ class RouterServer:
         self._origins = Origins(settings.allowed_origins)
         keys = [key.get_secret_value() for key in settings.api_key]
         self._tenants = Tenants(keys, settings.api_keys_file, settings.workers)
+        self._recent = Recent()
+        self._playground = Playground() if settings.playground else None
+        self._open_paths = _OPEN_PATHS | (self._playground.paths if self._playground is not None else frozenset())
         self._routes = Router(self._make_routes(), redirect_slashes=False)
 
     @property
@@ -93,6 +100,8 @@ class RouterServer:
             tenant = self._check_key(exchange)
             self._check_drain(exchange)
             self._check_quota(exchange, tenant)
+            if self._playground is not None and exchange.path in _FOLLOWED_PATHS:
+                self._recent.begin(exchange)
             # With "app" in the scope starlette raises its 404 and 405 instead of answering in plain text.
             await self._routes({**scope, "app": self}, receive, exchange.send)
         except Exception as error:  # noqa: BLE001 - the seam: every failure becomes an answer
@@ -163,12 +172,26 @@ class RouterServer:
             Route("/load", system.Load(lambda: self.admission.num_running), methods=["GET"]),
             Route("/version", system.Version(), methods=["GET"]),
             *self._make_docs(),
+            *self._make_playground(),
         ]
+
+    def _make_playground(self) -> list[Route]:
+        if self._playground is None:
+            return []
+        view = PipelineView(self.fleet, self.admission, self._recent, self._state)
+        return [
+            Route("/", self._playground, methods=["GET"]),
+            Route("/ui/{name}", self._playground, methods=["GET"]),
+            Route("/pipeline", view, methods=["GET"]),
+        ]
+
+    def _state(self) -> str:
+        return "draining" if self.is_draining else "ready" if self.is_ready else "starting"
 
     def _make_docs(self) -> list[Route]:
         if self.settings.disable_docs:
             return []
-        document = describe(has_keys=bool(self._tenants))
+        document = describe(has_keys=bool(self._tenants), has_playground=self._playground is not None)
         return [
             Route("/openapi.json", StaticPage.json(document), methods=["GET"]),
             Route("/docs", StaticPage.html(render(document)), methods=["GET"]),
@@ -200,7 +223,7 @@ class RouterServer:
 
     def _check_key(self, exchange: Exchange) -> Tenant | None:
         """Every route needs a key unless listed open; the path is the one that routes, never rebuilt from ``Host``."""
-        if not self._tenants or exchange.path in _OPEN_PATHS:
+        if not self._tenants or exchange.path in self._open_paths:
             return None
         scheme, _, token = exchange.headers.get("authorization", "").partition(" ")
         tenant = self._tenants.find(token.strip()) if scheme.lower() == "bearer" else None
@@ -227,6 +250,7 @@ class RouterServer:
         metrics.HTTP_REQUESTS.labels(self._route_of(exchange.path), method, status).inc()
         for record in (exchange.record, *exchange.other_records):
             record.finish(status, exchange.code)
+        self._recent.end(exchange)
 
     def _route_of(self, path: str) -> str:
         """A label out of a closed set."""

@@ -168,6 +168,11 @@ class RouterSettings(ServerSettings):
     )
 
     disable_docs: bool = Field(False, description="answer neither /openapi.json nor /docs")
+    playground: bool = Field(
+        False,
+        description="a page at / to chat with the model and to watch requests on their way; with --api-key it asks for"
+        " one",
+    )
     metrics_compat: Literal["vllm"] | None = Field(
         None, description="export what is known under the metric names of vLLM as well"
     )

@@ -40,12 +40,21 @@ class FrameCourier(Protocol):
 
 
 @dataclass(slots=True)
+class Sending:
+    """The frames of one group on their way, in ``time.monotonic`` seconds."""
+
+    started: float = field(default_factory=time.monotonic)
+    acknowledged: float = 0.0  # the last frame so far
+
+
+@dataclass(slots=True)
 class Delivered:
     """What has been handed out so far."""
 
     tokens_per_tile: list[int] = field(default_factory=list)
     num_bytes: int = 0
     transport: str = ""
+    sendings: list[Sending] = field(default_factory=list)  # one for each group
 
 
 class Delivery:
@@ -82,8 +91,9 @@ class Delivery:
                 async for group in groups:
                     delivered.tokens_per_tile += group.tokens_per_tile
                     delivered.num_bytes += group.num_bytes
+                    delivered.sendings.append(sending := Sending())
                     for header, payload in self._frames(request, dtype, group):
-                        sends.append(tasks.create_task(self._send(request, header, payload, deadline, room)))
+                        sends.append(tasks.create_task(self._send(request, header, payload, deadline, room, sending)))
         except ExceptionGroup as failures:
             ours = failures.subgroup(DvdError) or failures  # what failed first tells why, not what failed with it
             raise ours.exceptions[0] from None
@@ -97,9 +107,12 @@ class Delivery:
         payload: memoryview,
         deadline: float,
         room: asyncio.Semaphore,
+        sending: Sending,
     ) -> str:
         async with room:
-            return await self._send_now(request, header, payload, deadline)
+            transport = await self._send_now(request, header, payload, deadline)
+        sending.acknowledged = time.monotonic()
+        return transport
 
     async def _send_now(self, request: EncodeRequest, header: FrameHeader, payload: memoryview, deadline: float) -> str:
         packed, packed_payload = pack_frame(header, payload, request.ticket, is_sealed=request.seals_features)

@@ -6,7 +6,7 @@ request. Everything here runs on the event loop.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,9 +30,10 @@ from protos.vision_pb2 import (
     ProbeRequest,
     ScoreReply,
     ScoreRequest,
+    TileGroup,
     VisionTimings,
 )
-from vision_server.delivery import Delivered, Delivery, bytes_of
+from vision_server.delivery import Delivered, Delivery, Sending, bytes_of
 from vision_server.device_jobs import EncodedGroup, Group, SeenGroup
 from vision_server.encoder import Kind
 from vision_server.pipeline import ImagePipeline, Medium, Passage
@@ -56,13 +57,29 @@ class _Journey:
     ended: float = 0.0
     send_started: float = 0.0
     acknowledged: float = 0.0
+    groups: list[TileGroup] = field(default_factory=list)
 
-    def note(self, group: Group) -> None:
+    def note(self, group: EncodedGroup) -> None:
         """What another call had begun before this one came did not take any of this one's time."""
         self.queued = self.queued or max(self.arrived, group.times.queued)
         self.started = self.started or max(self.arrived, group.times.started)
         self.ended = max(self.arrived, group.times.ended)
         self.send_started = self.send_started or time.monotonic()
+        self.groups.append(
+            TileGroup(
+                first_tile=group.first_tile,
+                num_tiles=group.num_tiles,
+                queued_ms=self._since_arrival(group.times.queued),
+                started_ms=self._since_arrival(group.times.started),
+                ended_ms=self._since_arrival(group.times.ended),
+            )
+        )
+
+    def note_sendings(self, sendings: Sequence[Sending]) -> None:
+        """When the frames of each group were on their way."""
+        for group, sending in zip(self.groups, sendings, strict=True):
+            group.sent_ms = self._since_arrival(sending.started)
+            group.acknowledged_ms = self._since_arrival(sending.acknowledged)
 
     def timings(self) -> VisionTimings:
         return VisionTimings(
@@ -71,6 +88,9 @@ class _Journey:
             encode_ms=1000 * (self.ended - self.started),
             transfer_ms=1000 * (self.acknowledged - self.send_started),
         )
+
+    def _since_arrival(self, at: float) -> float:
+        return 1000 * max(0.0, at - self.arrived)
 
 
 class VisionServicer(vision_pb2_grpc.VisionServicer):
@@ -142,6 +162,7 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
             rows = _noted(self._rows(passage, self._kind, choice, TORCH_DTYPE[dtype]), journey)
             delivered = await self._delivery.deliver(request, dtype, rows, deadline)
         journey.acknowledged = time.monotonic()
+        journey.note_sendings(delivered.sendings)
         if failpoints.ARE_ON:
             await failpoints.reach("vision.encode.after", request.image)
         reply = _reply(delivered, passage, journey)
@@ -231,6 +252,7 @@ def _reply(delivered: Delivered, passage: Passage, journey: _Journey) -> EncodeR
         transport=delivered.transport,
         cache_hit=passage.is_cached,
         timings=timings,
+        groups=journey.groups,
     )
 
 

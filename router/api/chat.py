@@ -175,6 +175,7 @@ class BodyEndpoint(abc.ABC):
         request: ChatRequest
         request = await in_thread_if(is_large, translate, parsed, messages, origin, model, self._settings)
         if request.images:
+            exchange.record.media_started_at = started_at
             exchange.record.media_seconds = time.monotonic() - started_at
             _tell_sent(request, fetched, fetched_at)
             exchange.record.num_tiles = sum(image.num_tiles for image in request.images)

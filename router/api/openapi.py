@@ -45,6 +45,7 @@ class Operation:
     request: type[Struct] | None = None
     refused: Mapping[str, Any] = field(default_factory=dict)  # fields that are refused unless they ask for nothing
     is_open: bool = False  # needs no key
+    is_playground: bool = False  # only where there is one
     is_probe: bool = False  # a 503 without a body is an answer, too
 
 
@@ -69,22 +70,32 @@ OPERATIONS: Final = (
     Operation("get", "/version", "Versions of this build and of its wire format."),
     Operation("get", "/openapi.json", "This document."),
     Operation("get", "/docs", "This document as a page.", ("text/html",)),
+    Operation("get", "/", "A page to chat with the model.", ("text/html",), is_open=True, is_playground=True),
+    Operation(
+        *("get", "/ui/{name}", "A part of that page."),
+        *(("text/css", "text/javascript", "image/svg+xml"),),
+        is_open=True,
+        is_playground=True,
+    ),
+    Operation("get", "/pipeline", "The servers, and where the time of the latest requests went.", is_playground=True),
 )
 
 
-def describe(*, has_keys: bool) -> dict[str, Any]:
+def describe(*, has_keys: bool, has_playground: bool = False) -> dict[str, Any]:
     """The document.
 
     Args:
         has_keys: all routes that are not open need a bearer token.
+        has_playground: and its routes.
     """
-    requests = [operation.request for operation in OPERATIONS if operation.request is not None]
+    operations = [operation for operation in OPERATIONS if has_playground or not operation.is_playground]
+    requests = [operation.request for operation in operations if operation.request is not None]
     _, schemas = msgspec.json.schema_components([*requests, ErrorBody], ref_template=_REF)
     schemas["CompletionRequest"]["required"] = ["prompt"]  # which is read in a second step
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "DvD", "version": version("dvd-serve")},
-        "paths": {operation.path: {operation.method: _describe(operation, has_keys)} for operation in OPERATIONS},
+        "paths": {operation.path: {operation.method: _describe(operation, has_keys)} for operation in operations},
         "components": {"schemas": _as_ecma(schemas)},
     }
     if has_keys:
