@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 AUDIT := build/audit
 CLIENTS := build/clients
 comma := ,
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: install clients protos check test demo bench soak faults chaos fuzz gpu-check bad-images clean
+.PHONY: install browser clients protos check test demo bench soak faults chaos fuzz gpu-check bad-images clean
 
 install: $(STAMP)
 
@@ -28,6 +29,10 @@ $(CLIENTS)/%/.installed: tests/clients/requirements/%.txt | $(STAMP)
 	$(BIN)/python -m venv --without-pip $(@D)
 	./install.sh $(BIN) $(@D) --no-deps -r $<
 	touch $@
+# The tests look at the playground in Debian's Chromium. Where it comes from elsewhere, have it in PATH.
+browser:
+	@command -v chromium || command -v google-chrome || { $(SUDO) apt-get update -qq && \
+	  $(SUDO) apt-get install -y -qq --no-install-recommends chromium; }
 
 protos: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(wildcard protos/*.proto)
@@ -45,7 +50,7 @@ check: $(STAMP) $(AUDIT)/.installed
 	$(BIN)/codespell
 	$(BIN)/python -m deploy.supply_chain --tools $(AUDIT)/bin
 
-test: $(STAMP) clients
+test: $(STAMP) browser clients
 	$(BIN)/python -m pytest -n 3
 
 demo: $(STAMP)

@@ -1,4 +1,4 @@
-"""``GET /pipeline``: the servers, what waits for them, and the latest requests with their stages, as one JSON object."""
+"""``GET /pipeline``: servers, what waits for them, and the latest requests with their stages, as one JSON object."""
 
 import re
 import secrets

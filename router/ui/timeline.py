@@ -1,7 +1,8 @@
 """Where the time of one request went: its stages as intervals on the router's clock.
 
-Pure. What servers report in milliseconds of their own clocks is placed by what the router saw itself: an ``EncodeReply``
-is small, so a call to a vision server ended there when it ended here; a prompt has been read when its first token comes.
+Pure. What servers report in milliseconds of their own clocks is placed by what the router saw itself: an
+``EncodeReply`` is small, so a call to a vision server ended there when it ended here; a prompt has been read when its
+first token comes.
 """
 
 from collections.abc import Iterator, Sequence

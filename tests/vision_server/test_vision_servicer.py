@@ -95,6 +95,18 @@ async def test_timings_are_told(neighbourhood):
     assert not reply.cache_hit
 
 
+async def test_each_group_tells_its_way(neighbourhood):
+    near = await neighbourhood(max_batch_tiles=2)
+    data = encoded(picture(900, 900))
+    reply = await near.encode(near.request(data, image_hash=bytes(32)))
+    assert [(group.first_tile, group.num_tiles) for group in reply.groups] == [(0, 2), (2, 2), (4, 1)]
+    for group in reply.groups:
+        assert 0 < group.queued_ms <= group.started_ms < group.ended_ms <= group.sent_ms < group.acknowledged_ms
+    again = await near.encode(near.request(data, image_hash=bytes(32)))
+    assert again.cache_hit
+    assert {(group.queued_ms, group.started_ms, group.ended_ms) for group in again.groups} == {(0, 0, 0)}
+
+
 async def test_features_travel_in_the_dtype_asked_for(neighbourhood, checkpoint):
     near = await neighbourhood()
     request = near.request(encoded(picture()), dtype=FEATURE_DTYPE_BFLOAT16)

@@ -2,15 +2,14 @@
 
 import { chat } from "./api.js";
 import { announce, byId, el } from "./dom.js";
-
-const NEAR_THE_END = 80; // pixels: whoever has scrolled further up reads, and is not moved
+import { Follower } from "./follow.js";
 
 export class Chat {
   #turns = []; // {role, text, images}
   #stopping = null; // AbortController of the answer that is coming
   #onKeyWanted;
   #onAsked;
-  #lastSent = null;
+  #follower = new Follower();
 
   constructor({ onKeyWanted, onAsked }) {
     this.#onKeyWanted = onKeyWanted;
@@ -57,7 +56,7 @@ export class Chat {
     try {
       for await (const chunk of chat(body, { id, signal: this.#stopping.signal })) {
         const delta = chunk.choices?.[0]?.delta ?? {};
-        this.#keepInView(() => answer.add(delta.content ?? "", delta.reasoning_content ?? ""));
+        answer.add(delta.content ?? "", delta.reasoning_content ?? "");
         if (chunk.choices?.[0]?.finish_reason === "length") answer.note("Ended at the longest answer that you allow.");
       }
       this.#turns.push(question, { role: "assistant", text: answer.text, images: [] });
@@ -83,7 +82,6 @@ export class Chat {
       answer.element.remove();
       this.#answer(question, body);
     });
-    this.#keepInView(() => {}, true);
   }
 
   #setBusy(isBusy) {
@@ -95,14 +93,8 @@ export class Chat {
   }
 
   #show(element) {
-    this.#keepInView(() => byId("log").append(element), true);
-  }
-
-  #keepInView(change, always = false) {
-    const log = byId("log");
-    const isNear = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_THE_END;
-    change();
-    if (always || isNear) log.scrollTop = log.scrollHeight;
+    byId("log-end").before(element);
+    this.#follower.follow(element);
   }
 }
 

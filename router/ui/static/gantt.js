@@ -149,7 +149,8 @@ export function inWords(request) {
   if (request.kind === "image" && !vision && request.feature_cache_hits === 0 && request.state === "ok") {
     parts.push("the image was known already");
   }
-  parts.push(`language ${duration(time(request, "language_queue", "prefill", "decode"))}`);
+  const language = time(request, "language_queue", "prefill", "decode");
+  if (language) parts.push(`language ${duration(language)}`);
   return `${parts.join(" · ")}.`;
 }
 
@@ -158,5 +159,6 @@ export function counts(request) {
   if (request.images) media.push(plural(request.images, "image"));
   if (request.videos) media.push(plural(request.videos, "video"));
   if (request.tiles) media.push(plural(request.tiles, "tile"));
-  return [...media, `${request.completion_tokens} of ${request.prompt_tokens + request.completion_tokens} tokens written`].join(" · ");
+  const known = request.cached_tokens ? ` (${request.cached_tokens} known already)` : "";
+  return [...media, `${plural(request.prompt_tokens, "token")} read${known}`, `${request.completion_tokens} written`].join(" · ");
 }

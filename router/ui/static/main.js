@@ -79,8 +79,7 @@ async function send() {
   if (!text) return field.focus();
   field.value = "";
   grow();
-  const asked = chat.ask(text, images.take(), options());
-  await asked;
+  await chat.ask(text, images.take(), options());
   live.now();
 }
 

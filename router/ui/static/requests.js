@@ -80,15 +80,19 @@ export class Requests {
     row.picture.replaceChildren(chart(request, { isDetailed: isOpen }));
     row.details.hidden = !isOpen;
     const words = request.state === "failed" ? `Failed: ${request.code}.` : inWords(request);
+    const wait = request.feature_wait_ms > 0.5 ? `Prefill waited ${duration(request.feature_wait_ms)} for features.` : "";
     row.details.replaceChildren(
-      ...(isOpen ? [el("p", { text: words }), el("p", { class: "faint", text: counts(request) }), ...this.#table(request)] : []),
+      ...(isOpen ? [el("p", { text: words }), ...this.#facts(request, wait)] : []),
     );
-    if (own && request.state !== "running") this.#trace(request, own.answer);
+    if (own && request.first_token_ms !== null && request.state !== "running") this.#trace(request, own.answer);
   }
 
-  #table(request) {
-    const details = el("details", { class: "all-stages" }, el("summary", { text: "All stages" }), stageTable(request));
-    return [details];
+  #facts(request, wait) {
+    return [
+      ...(wait ? [el("p", { class: "faint", text: wait })] : []),
+      el("p", { class: "faint", text: counts(request) }),
+      el("details", { class: "all-stages" }, el("summary", { text: "All stages" }), stageTable(request)),
+    ];
   }
 
   #trace(request, answer) {

@@ -24,7 +24,7 @@ const SAMPLES = [
       circle(pen, INK.purple, 346, 318, 44);
     },
   },
-  { name: "a circle", question: "What colour is it?", draw: (pen) => circle(pen, INK.blue, 190, 236, 78) },
+  { name: "another shape", question: "Which shape is this?", draw: (pen) => star(pen, INK.purple, 190, 236, 80) },
 ];
 
 /** A card for each sample; `choose` gets a file and a question. */
@@ -53,6 +53,17 @@ function circle(pen, colour, x, y, size) {
 function square(pen, colour, x, y, size) {
   pen.fillStyle = colour;
   pen.fillRect(x - size / 2, y - size / 2, size, size);
+}
+
+function star(pen, colour, x, y, size) {
+  pen.fillStyle = colour;
+  pen.beginPath();
+  for (let corner = 0; corner < 10; corner += 1) {
+    const angle = -Math.PI / 2 + (corner * Math.PI) / 5;
+    const radius = (corner % 2 ? 0.22 : 0.5) * size;
+    pen.lineTo(x + radius * Math.cos(angle), y + radius * Math.sin(angle));
+  }
+  pen.fill();
 }
 
 function triangle(pen, colour, x, y, size) {
