@@ -1,8 +1,7 @@
 """Where the time of one request went: its stages as intervals on the router's clock.
 
-Pure. What servers report in milliseconds of their own clocks is placed by what the router saw itself: an
-``EncodeReply`` is small, so a call to a vision server ended there when it ended here; a prompt has been read when its
-first token comes.
+Pure. What servers report in milliseconds of their own clocks is placed by what the router saw itself: the reply to an
+``Encode`` is small, so the call ended there when it ended here; a prompt has been read when its first token comes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,17 @@ from protos.vision_pb2 import TileGroup
 from router.record import EncodeCall, RequestRecord
 
 Stage = Literal[
-    *("receive", "fetch", "queue"),  # router: the body comes; its media; until a language server has taken it
-    *("score", "unpack", "vision_queue", "encode"),  # vision: ViR; bytes -> tiles; tiles wait for a batch; features
+    "receive",  # router: the body comes
+    "fetch",  # ... its media
+    "queue",  # ... until a language server has taken it
+    "score",  # vision: ViR
+    "unpack",  # ... bytes -> tiles
+    "vision_queue",  # ... which wait for a batch
+    "encode",  # ... tiles -> features
     "transfer",
-    *("language_queue", "prefill", "decode"),  # language
+    "language_queue",  # language: until its first step
+    "prefill",
+    "decode",
 ]
 MAX_GROUPS: Final = 48
 """Of one request. Beyond that the groups of each call are shown as one, and calls beyond it not at all."""

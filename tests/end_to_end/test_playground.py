@@ -187,6 +187,31 @@ def test_attached_images_can_be_removed_and_others_are_refused(page):
     expect(page.get_by_role("list", name="Attached images").get_by_role("img")).to_have_count(0)
 
 
+def test_it_asks_for_a_key_and_sends_it(page, complaints):
+    """Kept in this tab only. The real router's part is told in tests/router/test_playground.py."""
+    error = {"error": {"message": "a valid API key is required", "type": "", "param": None, "code": "invalid_api_key"}}
+
+    def need_key(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer sesame":
+            route.continue_()
+        else:
+            route.fulfill(status=401, json=error)
+
+    page.route("**/pipeline*", need_key)
+    page.route("**/v1/**", need_key)
+    page.reload()
+    dialog = page.get_by_role("dialog", name="API key")
+    expect(dialog.get_by_label("Key", exact=True)).to_be_focused()
+    page.keyboard.type("sesame")
+    page.keyboard.press("Enter")
+    expect(dialog).to_be_hidden()
+    page.get_by_role("button", name="What is in the image?").click()
+    expect(page.get_by_role("article", name="Answer")).to_contain_text("An orange triangle.")
+    assert page.evaluate("localStorage.length") == 0
+    assert {"status of 401" in complaint for complaint in complaints} == {True}
+    complaints.clear()
+
+
 def test_what_the_model_says_is_text(page):
     """Never markup, whatever it looks like."""
     chunk = {"choices": [{"index": 0, "delta": {"content": "<img src=x onerror=alert(1)> & <b>bold</b>"}}]}

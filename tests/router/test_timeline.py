@@ -119,4 +119,4 @@ def test_no_request_is_told_at_any_length():
     calls = [encode(0, 100, *groups, image=image) for image in range(MAX_GROUPS + 5)]
     stages = [stage for stage in intervals(finished_record(*calls), at(100)) if stage.stage == "encode"]
     assert len(stages) == MAX_GROUPS
-    assert (stages[0].first_tile, stages[0].num_tiles, round(stages[0].end - stages[0].start)) == (0, 40, 40)
+    assert {(stage.first_tile, stage.num_tiles) for stage in stages} == {(0, 40)}
