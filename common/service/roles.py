@@ -27,6 +27,7 @@ CALLERS: Final[Mapping[str, frozenset[Role]]] = {
     "/dvd.v1.Vision/WatchStatus": _ANY,
     "/dvd.v1.FeaturePlane/Deliver": frozenset({"vision"}),
     "/dvd.v1.Lease/Renew": _ROUTER,
+    "/dvd.v1.Carrier/Carry": _ANY,  # each call that it carries is looked up by its own name
     "/grpc.health.v1.Health/Check": _ANY,
     "/grpc.health.v1.Health/List": _ANY,
     "/grpc.health.v1.Health/Watch": _ANY,

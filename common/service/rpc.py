@@ -113,8 +113,8 @@ def make_leased_channel(
     Args:
         carried: methods whose calls share one stream (``protos/carrier.proto``); each answers with a stream.
     """
-    channels = (make_channel(address, keys, role) for _ in range(2))
-    return cast(grpc.aio.Channel, LeasedChannel(*channels, carried=carried))
+    calls, renewals = make_channel(address, keys, role), make_channel(address, keys, role)
+    return cast(grpc.aio.Channel, LeasedChannel(calls, renewals, carried))
 
 
 def remaining_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:

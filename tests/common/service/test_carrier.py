@@ -75,7 +75,7 @@ class System:
         self.server = make_server()
         add_LanguageServicer_to_server(self.counting, self.server)
         self.address = bind(self.server, "127.0.0.1:0")
-        self.channel = make_leased_channel(self.address, frozenset({GENERATE}))
+        self.channel = make_leased_channel(self.address, carried=frozenset({GENERATE}))
         self.stub = LanguageStub(self.channel)
 
     def generate(self, num_tokens: int, priority: int = 0, *, timeout: float = DEADLINE, size: int = 0) -> Any:
@@ -212,7 +212,7 @@ async def test_large_requests_go_alone(system):
 
 async def test_only_methods_that_answer_with_a_stream_are_carried(system):
     for method in ("/dvd.v1.Language/Nothing", "/dvd.v1.Language/Tokenize"):
-        channel = make_leased_channel(system.address, frozenset({method}))
+        channel = make_leased_channel(system.address, carried=frozenset({method}))
         ask = channel.unary_stream(
             method,
             request_serializer=GenerateRequest.SerializeToString,

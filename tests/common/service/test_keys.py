@@ -21,7 +21,7 @@ from common.service.roles import CALLERS, Role, role_name
 from deploy.keys import _Authority
 from deploy.keys import main as make_keys
 from deploy.settings import KeysSettings
-from protos import features_pb2, language_pb2, lease_pb2, vision_pb2
+from protos import carrier_pb2, features_pb2, language_pb2, lease_pb2, vision_pb2
 from protos.vision_pb2 import ExtractReply, ExtractRequest, ProbeReply, ProbeRequest
 from protos.vision_pb2_grpc import VisionServicer, VisionStub, add_VisionServicer_to_server
 
@@ -126,16 +126,18 @@ async def test_only_a_router_may_order(deployments, role, caplog):
     assert f"refused: {role}.dvd.internal called /dvd.v1.Vision/Probe" in caplog.text
 
 
-async def test_a_stream_is_refused_before_its_first_message(deployments):
+@pytest.mark.parametrize("carried", [frozenset(), frozenset({"/dvd.v1.Vision/Extract"})], ids=["alone", "carried"])
+async def test_a_stream_is_refused_before_its_first_message(deployments, carried):
     async with serving(Keys(deployments[0], "vision")) as (vision, address):
         cases: list[tuple[Role, Any]] = [("client", 3), ("language", grpc.StatusCode.PERMISSION_DENIED)]
         for role, expected in cases:
-            async with rpc.make_channel(address, Keys(deployments[0], role), "vision") as channel:
-                call = VisionStub(channel).Extract(ExtractRequest(), timeout=20)
-                try:
-                    found = (await call.read()).num_image_tiles
-                except grpc.aio.AioRpcError as error:
-                    found = error.code()
+            channel = rpc.make_leased_channel(address, Keys(deployments[0], role), "vision", carried)
+            call = VisionStub(channel).Extract(ExtractRequest(), timeout=20)
+            try:
+                found = (await call.read()).num_image_tiles
+            except grpc.aio.AioRpcError as error:
+                found = error.code()
+            await channel.close()
             assert found == expected
         assert vision.num_calls == 1
 
@@ -237,7 +239,9 @@ async def test_the_operator_may_say_that_the_network_is_guarded(caplog):
 
 
 def test_every_method_says_who_may_call_it():
-    files = [module.DESCRIPTOR for module in (features_pb2, language_pb2, lease_pb2, vision_pb2, health_pb2)]
+    files = [
+        module.DESCRIPTOR for module in (carrier_pb2, features_pb2, language_pb2, lease_pb2, vision_pb2, health_pb2)
+    ]
     pools = descriptor_pool.Default()
     services = [s for file in files for s in pools.FindFileByName(file.name).services_by_name.values()]
     assert {f"/{s.full_name}/{method.name}" for s in services for method in s.methods} == set(CALLERS)
