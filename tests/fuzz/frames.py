@@ -5,7 +5,8 @@
 Begins with frames as senders pack them. Atheris mutates what reaches new branches; where it is not to be had, they are
 mutated blindly. The first finding ends it, and says what to pass as ``--again``. An input is some frames after one
 another. Before each stand four bytes: bits (1: sign it with the ticket, which no stranger has; 2: mend the checksum;
-4: the payload comes after all other frames), length of the payload, length of the header.
+4: the payload comes after all other frames; 8: seal it with the ticket, too; 16, of the first: the server takes nothing
+in clear), length of the payload, length of the header.
 """
 
 import argparse
@@ -30,16 +31,18 @@ except ImportError:  # it has wheels for some releases of Python
     atheris = None  # type: ignore[assignment,unused-ignore]
 
 # What is watched for new branches has to be imported inside.
-with atheris.instrument_imports(include=["protos.frame", "language_server"]) if atheris else nullcontext():
+with (
+    atheris.instrument_imports(include=["protos.frame", "protos.seal", "language_server"]) if atheris else nullcontext()
+):
     from language_server.feature_image import FeatureLayout, ImageKey
     from language_server.features import FeatureStore
     from language_server.reservation import Lease
-    from protos import frame
+    from protos import frame, seal
 from common.transport.base import place_frame
 from protos.frame import FrameHeader, FrameRejected
 
 _LEAD: Final = struct.Struct("<BBH")
-_SIGN, _MEND, _LATE = 1, 2, 4
+_SIGN, _MEND, _LATE, _SEAL, _DEMAND = 1, 2, 4, 8, 16
 _TOKENS: Final = 4
 _LAYOUT: Final = FeatureLayout(b"f" * frame.ID_BYTES, 2, "float32", _TOKENS, is_flash=True)
 _REQUEST: Final = b"r" * frame.ID_BYTES
@@ -51,6 +54,7 @@ _CRC32C_AT: Final = 68  # the table in protos/frame.py
 _REJECTIONS: Final = frozenset(
     {
         *("magic", "version", "fingerprint", "ticket", "dtype", "shape", "size", "checksum", "nonfinite"),
+        *("seal", "unsealed"),
         *("unknown_request", "tombstone", "stale", "duplicate"),
     }
 )
@@ -73,18 +77,27 @@ def seeds() -> Iterator[bytes]:
         replace(good[0], num_image_tiles=frame.MAX_TILES),
         replace(good[0], image_index=9),
     ]
-    for bits in (0, _SIGN | _MEND, _SIGN | _MEND | _LATE):
+    demanded = (_SIGN | _SEAL, _SIGN | _SEAL | _DEMAND, _SIGN | _MEND | _DEMAND)
+    for bits in (0, _SIGN | _MEND, _SIGN | _MEND | _LATE, *demanded):
         yield b"".join(pack(each, bits) for each in good)
         for each in (*good, *strange):
             yield pack(each, bits) * 2
     yield pack(good[1], _SIGN)[:-1] + b"\1"  # damaged on its way
+    packed, payload = sealed(pack_header(good[1]), bytes(good[1].payload_bytes), b"?" * 32)  # as if for another image
+    for bits in (_SIGN, _SIGN | _DEMAND):
+        yield _LEAD.pack(bits, len(payload), len(packed)) + packed + payload
     yield pack(good[1], _SIGN | _MEND)[:-4] + struct.pack("<f", math.nan)
 
 
 def pack(each: FrameHeader, bits: int) -> bytes:
     payload = b"".join(struct.pack("<f", number) for number in range(each.payload_bytes // 4))
-    packed = frame.pack_header(frame.with_checksum(each, payload), b"?" * 32)
+    packed = pack_header(frame.with_checksum(each, payload))
     return _LEAD.pack(bits, len(payload), len(packed)) + packed + payload
+
+
+def pack_header(each: FrameHeader) -> bytes:
+    """Signed by a stranger."""
+    return frame.pack_header(each, b"?" * 32)
 
 
 def split(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
@@ -122,7 +135,9 @@ class Target:
         print(f"{self.num_inputs} inputs; frames: {verdicts}", flush=True)
 
     def __call__(self, data: bytes) -> None:
-        store = FeatureStore(_LAYOUT, sum(_SIZES) * _TOKENS * _LAYOUT.row_bytes, clock=lambda: 0.0)
+        demands = bool(data[:1]) and bool(data[0] & _DEMAND)
+        num_bytes = sum(_SIZES) * _TOKENS * _LAYOUT.row_bytes
+        store = FeatureStore(_LAYOUT, num_bytes, seals_features=demands, clock=lambda: 0.0)
         keys = [ImageKey(bytes([index]) * 32, num_tiles * _TOKENS) for index, num_tiles in enumerate(_SIZES)]
         lease = store.try_reserve(_REQUEST, keys, lifetime=60.0)
         assert lease is not None
@@ -152,7 +167,7 @@ class Target:
             crc32c = _CRC32C.pack(frame.checksum(payload))
             packed = packed[:_CRC32C_AT] + crc32c + packed[_CRC32C_AT + _CRC32C.size :]
         if bits & _SIGN:
-            packed = signed(packed, ticket)
+            packed, payload = sealed(packed, payload, ticket) if bits & _SEAL else (signed(packed, ticket), payload)
         try:
             parsed, memory = place_frame(store, packed, len(payload))
         except FrameRejected as rejection:
@@ -216,6 +231,15 @@ def signed(packed: bytes, ticket: bytes) -> bytes:
         return frame.pack_header(frame.parse_header(packed), ticket)
     except FrameRejected:
         return packed
+
+
+def sealed(packed: bytes, payload: bytes, ticket: bytes) -> tuple[bytes, bytes]:
+    try:
+        parsed = frame.parse_header(packed)
+    except FrameRejected:
+        return packed, payload
+    header_and_seal, ciphertext = seal.pack_frame(parsed, memoryview(payload), ticket, is_sealed=True)
+    return header_and_seal, bytes(ciphertext)
 
 
 def mutate(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:

@@ -13,7 +13,19 @@ from tests.fuzz.frames import Target, run_blindly, seeds
 
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
-MUST_BE_REACHED = {"ok", "ticket", "size", "shape", "checksum", "nonfinite", "duplicate", "stale", "fingerprint"}
+MUST_BE_REACHED = {
+    "ok",
+    "ticket",
+    "size",
+    "shape",
+    "checksum",
+    "nonfinite",
+    "duplicate",
+    "stale",
+    "fingerprint",
+    "seal",
+    "unsealed",
+}
 
 
 @pytest.mark.timeout(SECONDS + 120)
