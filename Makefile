@@ -29,6 +29,7 @@ $(CLIENTS)/%/.installed: tests/clients/requirements/%.txt | $(STAMP)
 	$(BIN)/python -m venv --without-pip $(@D)
 	./install.sh $(BIN) $(@D) --no-deps -r $<
 	touch $@
+
 # The tests look at the playground in Debian's Chromium. Where it comes from elsewhere, have it in PATH.
 browser:
 	@command -v chromium || command -v google-chrome || { $(SUDO) apt-get update -qq && \

@@ -261,12 +261,16 @@ async def _as_outcome(ask: Callable[[], Awaitable[Outcome]]) -> Outcome:
     return await ask()
 
 
+_ROUNDING_SECONDS: Final = 1e-6
+"""So that the last of even intervals is not lost to the sum of them."""
+
+
 async def _ticks(rate: float, seconds: float, rng: np.random.Generator | None) -> AsyncIterator[None]:
     """At ``rate`` a second on average; a tick that is late moves none of those after it."""
     started = due = time.perf_counter()
     while True:
         due += 1 / rate if rng is None else rng.exponential(1 / rate)
-        if due > started + seconds:
+        if due > started + seconds + _ROUNDING_SECONDS:
             return
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         yield

@@ -337,7 +337,7 @@ def mistake(capsys, tmp_path, *arguments) -> tuple[int, str]:
         (["nano", "/nowhere.png"], "/nowhere.png: no such file or directory"),
         (["nano", "x" * 300], "xxx: File name too long"),
         (["nano", "/dev/null"], "/dev/null: neither a file nor a directory"),
-        (["nano", "docs"], "docs: no image in this directory; looked for .bmp, .gif"),
+        (["nano", "protos"], "protos: no image in this directory; looked for .bmp, .gif"),
         (["/nowhere", "deploy/nano/images"], "model /nowhere: no such directory"),
         (["docs", "deploy/nano/images"], "model docs: no config.json"),
         (["nano", "deploy/nano/images", "--device", "tpu9"], "device 'tpu9' is unknown to torch"),

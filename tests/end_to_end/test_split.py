@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -54,6 +56,17 @@ def num_encoded(system: LocalDeployment, server: str) -> float:
     return scrape(system.address).get(f"dvd_dispatch_total{{outcome=ok,server={server},tier=vision}}", 0)
 
 
+def until_idle(system: LocalDeployment) -> None:
+    """Until both servers have said that they have nothing to do."""
+    ends_at = time.monotonic() + 20
+    while time.monotonic() < ends_at:
+        servers = httpx.get(f"{system.address}/pipeline").json()["servers"]
+        if not any(server["queued_tiles"] + server["running_tiles"] for server in servers if server["tier"] == "vision"):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the vision servers have work")
+
+
 def test_an_image_divided_between_two_servers_reads_the_same(system, checkpoint):
     with openai_client(system) as client:
         assert answered(client, picture(5)) == expected(checkpoint, picture(5))
@@ -62,6 +75,7 @@ def test_an_image_divided_between_two_servers_reads_the_same(system, checkpoint)
 
 def test_the_part_of_a_server_that_hangs_is_encoded_by_the_other(system, checkpoint):
     before = num_encoded(system, "vision-0")
+    until_idle(system)  # or the image would not be divided
     (victim,) = [process for process in system.processes if process.name == "vision-1"]
     os.kill(victim.pid, signal.SIGSTOP)
     try:
