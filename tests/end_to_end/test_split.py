@@ -61,7 +61,9 @@ def until_idle(system: LocalDeployment) -> None:
     ends_at = time.monotonic() + 20
     while time.monotonic() < ends_at:
         servers = httpx.get(f"{system.address}/pipeline").json()["servers"]
-        if not any(server["queued_tiles"] + server["running_tiles"] for server in servers if server["tier"] == "vision"):
+        if not any(
+            server["queued_tiles"] + server["running_tiles"] for server in servers if server["tier"] == "vision"
+        ):
             return
         time.sleep(0.05)
     raise AssertionError("the vision servers have work")
