@@ -19,7 +19,7 @@ import torch
 from common.model import memory
 from common.model.checkpoint import Checkpoint
 from common.model.config import InternVLConfig, load_config
-from common.model.device import choose_device, choose_dtype
+from common.model.device import choose_device, choose_dtype, export_memory
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled, ConfigError
 from common.service.health import add_health
@@ -166,6 +166,7 @@ class LanguageServer:
             loaded = time.monotonic()
             await self.engine.call(engine.warm_up)
         decode_threads = await self.engine.call(lambda: tune_decode_threads(engine, *self._tolerances))
+        export_memory(self.device)
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
         if self.device.type == "cpu":

@@ -118,6 +118,15 @@ def _serve_own_metrics(settings: RouterSettings, place: Place) -> None:
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: a signal starts our drain, during which requests still get an answer."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        metrics.STREAM_BUFFER_BYTES.set_function(self._num_unread_bytes)
+
+    def _num_unread_bytes(self) -> int:
+        """Of answers on their way to clients, over all connections."""
+        connections = tuple(self.server_state.connections)
+        return sum(connection.transport.get_write_buffer_size() for connection in connections)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

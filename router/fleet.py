@@ -371,6 +371,7 @@ class Fleet:
         has_others = any(peer.is_usable for peer in peers if peer is not worker)
         if has_others or worker.heard_at - worker.grew_at >= LAST_STUCK_SECONDS:
             log.warning("%s server %s (%s) is stuck: it has work and makes no progress", *_names(worker))
+            metrics.WATCHDOG_STALLS.labels(worker.tier).inc()
             self._count_loss(worker, "progress", worker.grew_at)
             worker.is_stuck = True
             worker.cancel_calls("progress")

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from common.model import memory
 from common.model.checkpoint import Checkpoint
 from common.model.config import InternVLConfig, load_config
-from common.model.device import choose_device
+from common.model.device import choose_device, export_memory
 from common.service import announce, metrics, rpc
 from common.service.errors import Cancelled
 from common.service.health import add_health
@@ -135,6 +135,7 @@ class VisionServer:
             await self.compute.call(lambda: self.encoder.load(self.settings.model, watched))
             loaded = time.monotonic()
             await self.compute.call(lambda: self.encoder.warm_up(self._batch_tiles))
+        export_memory(self.encoder.device)
         metrics.LOAD_SECONDS.labels("weights").set(loaded - started)
         metrics.LOAD_SECONDS.labels("warmup").set(time.monotonic() - loaded)
         if self.encoder.device.type == "cpu":

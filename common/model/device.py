@@ -4,6 +4,7 @@ from typing import Final, Literal
 
 import torch
 
+from common.service import metrics
 from common.service.errors import ConfigError
 
 DtypeName = Literal["auto", "bfloat16", "float32"]
@@ -37,3 +38,11 @@ def _cpu_multiplies_bfloat16() -> bool:
     # torch names these with an underscore and offers nothing else; a release without them computes in float32.
     probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(probe is not None and probe() for probe in probes)
+
+
+def export_memory(device: torch.device) -> None:
+    """Have ``/metrics`` tell the memory of a GPU, as torch's allocator counts it when it is asked. Nothing of a CPU."""
+    if device.type != "cuda":
+        return
+    metrics.GPU_MEMORY_BYTES.labels("allocated").set_function(lambda: torch.cuda.memory_allocated(device))
+    metrics.GPU_MEMORY_BYTES.labels("reserved").set_function(lambda: torch.cuda.memory_reserved(device))

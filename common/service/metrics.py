@@ -79,6 +79,10 @@ OUT_OF_MEMORY = Counter(
 )
 SPANS_DROPPED = Counter("dvd_spans_dropped", "Spans that no collector took.", registry=_everywhere)
 CANCELLED = Counter("dvd_cancelled", "Work dropped because its caller left, by stage.", ["stage"], registry=_everywhere)
+GPU_MEMORY_BYTES = Gauge(
+    "dvd_gpu_memory_bytes", "Device memory of this server, by kind: in use, held by its allocator.", ["kind"],
+    registry=_everywhere,
+)  # fmt: skip
 AUTH_FAILURES = Counter("dvd_auth_failures", "Requests without a valid key.", ["channel"], registry=_everywhere)
 CERT_EXPIRY_TIMESTAMP_SECONDS = Gauge(
     "dvd_cert_expiry_timestamp_seconds",
@@ -186,6 +190,10 @@ FAILURE_DETECTION_SECONDS = Histogram(
     buckets=_STAGE,
     registry=_router,
 )
+WATCHDOG_STALLS = Counter(
+    "dvd_watchdog_stalls", "Servers that spoke and made no progress, by stage.", ["stage"], registry=_router
+)
+STREAM_BUFFER_BYTES = Gauge("dvd_stream_buffer_bytes", "Answers that clients have not read.", registry=_router)
 REPLAYS = Counter("dvd_replays", "Replies whose language server was lost, by end.", ["outcome"], registry=_router)
 SERVERS = Gauge("dvd_servers", "Known servers by state.", ["tier", "state"], registry=_router)
 SERVER_EJECTIONS = Counter("dvd_server_ejections", "Servers dropped.", ["tier", "server", "reason"], registry=_router)

@@ -93,6 +93,11 @@ async def test_client_leaves_while_sending_its_body(system):
     assert reader.at_eof() or await reader.read() == b""
 
 
+def unread_bytes() -> float:
+    (family,) = metrics.STREAM_BUFFER_BYTES.collect()
+    return family.samples[0].value
+
+
 async def test_a_client_that_does_not_read_is_dropped():
     """The router buffers little for it, waits a while, and then frees everything."""
     async with running_system(slow_reader_timeout=0.3) as system:
@@ -104,6 +109,7 @@ async def test_a_client_that_does_not_read_is_dropped():
         writer.write(head.encode() + body)
         await writer.drain()
         await system.language.at_token.wait_for(lambda gate: gate.num_entered > 0)
+        await system.until(lambda: unread_bytes() > 50_000)
         await system.until_idle()
         assert system.language.at_token.num_passed < 1000
         assert num_dropped() == dropped_before + 1

@@ -104,10 +104,11 @@ async def test_a_stuck_server_is_as_good_as_lost_until_it_gets_on():
         asking = ask(system)
         await until(lambda: any(vision.requests for vision in system.visions))
         stuck, peer = sorted(system.visions, key=lambda vision: -len(vision.requests))
-        before = detections("progress")
+        before, stalls = detections("progress"), metrics.WATCHDOG_STALLS.labels("vision")._value.get()
         stuck.is_stuck = True
         release(peer)
         await asking
+        assert metrics.WATCHDOG_STALLS.labels("vision")._value.get() == stalls + 1
         assert worker_of(system, stuck).state_name == "stuck"
         assert 1.5 < detections("progress") - before < 5
         await ask(system)
