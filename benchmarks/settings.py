@@ -9,7 +9,7 @@ from common.service.settings import Field, SecretStr, Settings
 
 Preset = Literal["internvl", "reuse", "text-beside-images", "language"]
 
-_EXTRA: Final = ("aiohttp", "hypothesis", "matplotlib", "jinja2")
+_EXTRA: Final = ("aiohttp", "hypothesis", "matplotlib", "jinja2", "simpy")
 
 
 class BenchServeSettings(Settings):

@@ -9,18 +9,19 @@ from hypothesis import strategies as st
 from benchmarks.simulator.hardware import HardwareCard, Line, Surface
 from common.service.errors import ConfigError
 
+LANGUAGE = {
+    "kv_tokens": 1000,
+    "bytes_per_token": 512,
+    "prefill": [{"length": 100, "tokens_per_s": 1000}, {"length": 200, "tokens_per_s": 800}],
+    "decode": [{"batch": b, "context": c, "step_s": 0.01 * b + c / 1e5} for b in (1, 8) for c in (100, 1000)],
+}
 CARD = {
     "name": "a card",
     "model": "nano",
     "source": {"kind": "measured", "text": "dvd profile"},
     "hardware": "2 cores",
     "vision": {"tiles": [{"batch": 1, "tiles_per_s": 10}, {"batch": 4, "tiles_per_s": 20}]},
-    "language": {
-        "kv_tokens": 1000,
-        "bytes_per_token": 512,
-        "prefill": [{"length": 100, "tokens_per_s": 1000}, {"length": 200, "tokens_per_s": 800}],
-        "decode": [{"batch": b, "context": c, "step_s": 0.01 * b + c / 1e5} for b in (1, 8) for c in (100, 1000)],
-    },
+    "language": LANGUAGE,
     "transports": {"tcp": {"gb_per_s": 2, "latency_s": 0.001}},
     "router": {"s_per_request": 0.001},
 }
@@ -58,7 +59,7 @@ def test_seconds_lie_on_a_line_between_two_points():
         ({"format": 2}, "format.*given: 2"),
         ({"colour": "red"}, "colour"),
         (
-            {"language": CARD["language"] | {"decode": CARD["language"]["decode"][1:]}},
+            {"language": LANGUAGE | {"decode": LANGUAGE["decode"][1:]}},
             "batch 1 has none for 100",
         ),
     ],
