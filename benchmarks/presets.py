@@ -129,19 +129,19 @@ def _arrivals(settings: BenchServeSettings) -> Arrivals:
 def _workload(settings: BenchServeSettings) -> Workload:
     images = settings.images_per_request or ("0" if settings.trace is not None else "1")
     return Workload(
-        image_sizes=_sizes(settings.image_size),
-        images_per_request=_lengths("images_per_request", images, 0),
+        image_sizes=image_sizes(settings.image_size),
+        images_per_request=lengths("images_per_request", images, 0),
         image_reuse_ratio=settings.image_reuse_ratio,
         text_only_share=settings.text_only_share,
-        input_tokens=_lengths("input_tokens", settings.input_tokens, 1),
-        output_tokens=_lengths("output_tokens", settings.output_tokens, 1),
+        input_tokens=lengths("input_tokens", settings.input_tokens, 1),
+        output_tokens=lengths("output_tokens", settings.output_tokens, 1),
         ignore_eos=settings.ignore_eos,
         options={"temperature": settings.temperature, **_extra_body(settings.extra_body)},
     )
 
 
-def _sizes(text: str) -> tuple[tuple[Size, float], ...]:
-    """``mixed``: half small, some large, as in a chat with photos and screenshots."""
+def image_sizes(text: str) -> tuple[tuple[Size, float], ...]:
+    """``mixed``: half small, some large, as in a chat with photos and screenshots. Raises ConfigError."""
     items = (_MIXED if text == "mixed" else text).split(",")
     return tuple(_weighted_size(item.strip(), text) for item in items)
 
@@ -158,7 +158,8 @@ def _weighted_size(item: str, whole: str) -> tuple[Size, float]:
     return size, number
 
 
-def _lengths(name: str, text: str, least: int) -> Lengths:
+def lengths(name: str, text: str, least: int) -> Lengths:
+    """Of the option ``name``. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", text.strip())
     found = None if match is None else Lengths(int(match[1]), int(match[2] or match[1]))
     if found is None or not least <= found.low <= found.high:

@@ -83,6 +83,46 @@ class Table18Settings(Settings):
     results: Path | None = Field(None, description="directory for the raw figures (JSON) and a page (HTML)")
 
 
+class PlanSettings(Settings):
+    """How many vision and how many language servers? Simulates the pipeline on hardware that need not be here."""
+
+    program: ClassVar[str] = "dvd plan"
+
+    model: str = Field("InternVL3_5-8B", description="shape that published figures are turned into a card for")
+    card: str = Field("h100", description="a100, h100, h200, l4, or the JSON file of a hardware card")
+    vision_card: str | None = Field(None, description="the same for the vision servers; unset: --card")
+    devices: int = Field(8, ge=2, le=100_000, description="devices to divide between the two kinds of servers")
+    language_devices: int | None = Field(
+        None, ge=1, le=64, description="devices of one language server; unset: the fewest that hold the model"
+    )
+    vision: int | None = Field(None, ge=1, description="vision servers, with --language instead of a search")
+    language: int | None = Field(None, ge=1, description="language servers, with --vision instead of a search")
+    routers: int | None = Field(None, ge=1, description="router processes; unset: as many as the load needs")
+    transport: str = Field("tcp", description="way of the features, one that the card knows")
+
+    request_rate: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="requests/s; unset: the most that keeps the limits"
+    )
+    burstiness: float = Field(1.0, gt=0, description="of arrivals: 1 Poisson, below bursts, above regular")
+    image_size: str = Field("896", description="448, 1080p, WxH, ..., a mix by weight (448:0.5,1080p:0.5) or `mixed`")
+    images_per_request: str = Field("1", description="N or LOW-HIGH")
+    image_reuse_ratio: float = Field(0.0, ge=0, le=1, description="share of images that repeat one of the last 32")
+    text_only_share: float = Field(0.0, ge=0, le=1, description="share of requests without images")
+    input_tokens: str = Field("128", description="text of a prompt, N or LOW-HIGH tokens")
+    output_tokens: str = Field("64", description="an answer, N or LOW-HIGH tokens")
+    vir_share: float = Field(0.0, ge=0, le=1, description="share of tiles that a Flash model compresses to 64 tokens")
+
+    ttft_limit: float = Field(2000.0, gt=0, description="ms that the p99 of the first token may take")
+    itl_limit: float = Field(200.0, gt=0, description="ms that the p99 between tokens may take")
+    price: float | None = Field(None, ge=0, description="of a device-hour, where the card has none or another")
+    burst: int = Field(100, ge=1, description="requests that come at once, to see what becomes of the limits")
+    duration: float = Field(60.0, gt=0, description="simulated seconds to measure; fewer where requests are very many")
+    warmup: float = Field(10.0, ge=0, description="simulated seconds of load before anything is measured")
+    seed: int = Field(0, ge=0, description="of arrivals, sizes and lengths")
+    model_path: str | None = Field(None, description="directory of the checkpoint on every node, for cluster.yaml")
+    results: Path | None = Field(None, description="directory for plan.json, plan.svg and cluster.yaml")
+
+
 def require_extra() -> None:
     """Raises ConfigError unless what the benchmarks need beside DvD is installed."""
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]

@@ -162,6 +162,14 @@ def _bench_table18(argv: Sequence[str]) -> int:
     return run(settings, argv)
 
 
+def _plan(argv: Sequence[str]) -> int:
+    settings = bench_options.PlanSettings.load(model_first(bench_options.PlanSettings, argv))
+    bench_options.require_extra()
+    from benchmarks.simulator.command import main as run
+
+    return run(settings, argv)
+
+
 def _up(argv: Sequence[str]) -> int:
     flags, words = _split(cluster_options.UpSettings, argv)
     settings = cluster_options.UpSettings.load(flags)
@@ -218,6 +226,7 @@ COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "doctor": (_doctor, "[MODEL]: can this machine run it?"),
     "demo": (_demo, "serve the nano model, ask about three pictures, stop"),
     "bench": (_bench, "NAME: measure a server"),
+    "plan": (_plan, "[MODEL]: how many of which servers, simulated"),
 }
 BENCHMARKS: Final[Mapping[str, tuple[Command, str]]] = {
     "serve": (_bench_serve, "load any OpenAI-compatible server: throughput, latency, goodput"),
@@ -237,6 +246,7 @@ _OWN_SETTINGS: Final[tuple[type[Settings], ...]] = (
     cluster_options.DownSettings,
     bench_options.BenchServeSettings,
     bench_options.Table18Settings,
+    bench_options.PlanSettings,
 )
 
 

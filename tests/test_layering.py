@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "dvd": {"dvd", "deploy", "common"},
     "benchmarks": {"benchmarks", "deploy", "vision_server", "language_server", "router", "common", "protos"},
 }
-# `dvd bench` is a subcommand like the others; its options are read at start, the benchmarks themselves when they run.
+# `dvd bench` and `dvd plan` are subcommands like the others: options are read at start, the rest when they run.
 EXCEPTIONS = {("deploy/cli.py", "benchmarks")}
 ONLY_DEPLOY = {"ray"}
 BANNED_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}

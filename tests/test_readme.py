@@ -37,6 +37,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "down": cluster_settings.DownSettings,
     "bench serve": bench_settings.BenchServeSettings,
     "bench table18": bench_settings.Table18Settings,
+    "plan": bench_settings.PlanSettings,
     "serve": settings.ServeSettings,
     "encode": encode_settings.EncodeSettings,
     "chat": settings.ChatSettings,

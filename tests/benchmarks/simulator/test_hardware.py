@@ -1,6 +1,7 @@
 """Cards: read back as they were written, refused with the reason, and never faster for more work."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.simulator.hardware import HardwareCard, Line, Surface
 from common.service.errors import ConfigError
 
-LANGUAGE = {
+LANGUAGE: dict[str, Any] = {
     "kv_tokens": 1000,
     "bytes_per_token": 512,
     "prefill": [{"length": 100, "tokens_per_s": 1000}, {"length": 200, "tokens_per_s": 800}],
