@@ -146,7 +146,7 @@ class LanguageRates(_Part):
     kv_tokens: _Count
     """Tokens of all its sequences together that its KV memory holds."""
     max_num_seqs: _Count = 256
-    max_num_batched_tokens: _Count = 8192
+    max_num_batched_tokens: _Count = 2048
     """Tokens of one step at most: the token budget."""
     bytes_per_token: _Count
     """Of one visual token on its way: hidden size times two for BF16."""

@@ -131,10 +131,14 @@ class Pipeline:
         self._at: dict[Job, LanguageServer] = {}
 
     def run(self) -> Outcome:
+        self.drain()
+        return self._summary()
+
+    def drain(self) -> None:
+        """Until everything that arrives is answered, which is when the clock stands still."""
         self._schedule_arrivals()
         self._schedule_events()
         self.clock.run()
-        return self._summary()
 
     def _summary(self) -> Outcome:
         scenario, layout = self._scenario, self._layout

@@ -1,5 +1,6 @@
 """How to divide devices between vision and language: the split that answers most while it keeps the limits."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -8,7 +9,7 @@ from typing import Final
 from benchmarks.arrivals import ClosedLoop, OpenLoop
 from benchmarks.simulator.jobs import jobs
 from benchmarks.simulator.outcome import Outcome
-from benchmarks.simulator.pipeline import Cards, Layout, Scenario, simulate
+from benchmarks.simulator.pipeline import Cards, Layout, Pipeline, Scenario, simulate
 from common.service.errors import ConfigError
 
 _ALL_SPLITS: Final = 10
@@ -20,7 +21,8 @@ _HALVINGS: Final = 6
 _OVER: Final = 1.05
 """A system may do so much better than its estimate: others are left out below that."""
 _SAMPLE: Final = 500
-_PROBE_SECONDS: Final = 30.0
+_PROBE_REQUESTS: Final = 1000
+_PROBE_ROUTERS: Final = 64
 _MOST_REQUESTS: Final = 40_000
 _LEAST_SECONDS: Final = 10.0
 _KEPT_UP: Final = 0.9
@@ -74,19 +76,19 @@ class Capacity:
 
 
 def estimate(cards: Cards, scenario: Scenario) -> Capacity:
-    """Of language servers by one that never waits for features, of the others by their cards."""
+    """Of a language server by how long it takes over many requests at once, with features as fast as they can be; of
+    the others by their cards."""
     sample = list(islice(jobs(scenario.workload, scenario.seed, scenario.vir_share), _SAMPLE))
     tiles = sum(image.num_tiles - image.num_there for job in sample for image in job.images) / len(sample)
     tokens = sum(job.output_tokens for job in sample) / len(sample)
     vision, router = cards.vision.vision_part(), cards.language.router
     per_vision = vision.max_batch / vision.batch_seconds(vision.max_batch) / tiles if tiles else float("inf")
     per_router = 1 / max(1e-9, router.s_per_request + router.s_per_token * tokens)
-    language = cards.language.language_part()
-    crowd = ClosedLoop(min(256, language.max_num_seqs))
-    probe = replace(scenario, arrivals=crowd, seconds=_PROBE_SECONDS, warmup=_PROBE_SECONDS / 3)
-    ample = max(1, round(language.max_num_seqs * tiles / vision.max_batch))
-    found = simulate(Layout(ample, 1, 64), cards, probe)
-    return Capacity(per_vision, found.requests_per_s, per_router)
+    ample = Layout(max(1, math.ceil(_PROBE_REQUESTS * tiles / vision.max_batch)), 1, _PROBE_ROUTERS)
+    crowd = replace(scenario, arrivals=ClosedLoop(_PROBE_REQUESTS), seconds=0.0, warmup=1e-9, loss=None, burst=None)
+    pipeline = Pipeline(ample, cards, crowd)
+    pipeline.drain()
+    return Capacity(per_vision, _PROBE_REQUESTS / pipeline.clock.now, per_router)
 
 
 def splits(num_devices: int, cards: Cards, capacity: Capacity) -> list[Layout]:
