@@ -21,6 +21,7 @@ BENCHMARKS: Final = (
     "page",
     "quantization",
     "router",
+    "simulator.paper",
     "soak",
     "transport",
     "vision",

@@ -17,7 +17,10 @@ _ALL_SPLITS: Final = 10
 _LEAST_SPLITS: Final = 3
 """So many are shown, however much worse than the first."""
 _AROUND: Final = (0.7, 0.85, 0.95, 1.0, 1.05, 1.15, 1.3)
-_HALVINGS: Final = 6
+_FIRST_SHARE: Final = 0.75
+"""Of the capacity: about what limits leave of it."""
+_CLOSE: Final = 0.05
+"""A rate is found when it is known so well; a split that keeps no limits at so little of its capacity keeps none."""
 _OVER: Final = 1.05
 """A system may do so much better than its estimate: others are left out below that."""
 _SAMPLE: Final = 500
@@ -141,14 +144,15 @@ def evaluate(
         return _at_rate(layout, cards, scenario, limits, rate)
     low, high = 0.0, capacity.of(layout) * _OVER
     kept: Candidate | None = None
-    tried = _at_rate(layout, cards, scenario, limits, high / 2)
-    for _ in range(_HALVINGS):
+    tried = _at_rate(layout, cards, scenario, limits, _FIRST_SHARE * high)
+    while True:
         if tried.keeps_limits:
             low, kept = tried.rate, tried
         else:
             high = tried.rate
+        if high - low < _CLOSE * high or high < _CLOSE * capacity.of(layout):
+            return kept or tried
         tried = _at_rate(layout, cards, scenario, limits, (low + high) / 2)
-    return tried if kept is None or tried.keeps_limits else kept
 
 
 def _at_rate(layout: Layout, cards: Cards, scenario: Scenario, limits: Limits, rate: float) -> Candidate:
