@@ -47,7 +47,16 @@ def runs(draw):
 @settings(max_examples=60, deadline=None)
 @given(runs())
 def test_every_request_ends_once_and_nothing_is_lost(pipeline):
-    servers = [*pipeline.language]
+    servers, counted = [*pipeline.language], pipeline._count
+
+    def count(change):
+        """At every arrival and every end: no queue below zero, no KV memory beyond its size."""
+        counted(change)
+        assert pipeline.num_inside >= 0
+        assert all(server.load >= 0 for server in (*pipeline.vision, *pipeline.language))
+        assert all(0 <= server._kv_tokens <= pipeline._rates.kv_tokens for server in servers)
+
+    pipeline._count = count
     outcome = pipeline.run()
     assert pipeline.num_inside == 0
     assert all(job.ended_at is not None for job in pipeline.jobs)
