@@ -120,9 +120,14 @@ class OurEngine:
                 seconds.append(took)
         return seconds
 
-    def prefill(self, num_tokens: int) -> float:
-        self._add(1, num_tokens, 1)
+    def prefill(self, num_tokens: int, num_prompts: int = 1) -> float:
+        self._add(num_prompts, num_tokens, 1)
         return self._seconds_to_the_end()
+
+    @property
+    def kv_tokens(self) -> int:
+        """What the KV memory holds."""
+        return self._engine.stats().num_total_blocks * self._engine.block_size
 
     def whole_batch(self, batch: int, num_tokens: int) -> float:
         self._add(batch, PROMPT_TOKENS, num_tokens)

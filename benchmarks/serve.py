@@ -57,13 +57,13 @@ def print_table(console: Console, table: Table) -> None:
         console.print(f"[dim]{escape(note)}[/]", soft_wrap=True, highlight=False)
 
 
-def shown_command(name: str, argv: Sequence[str]) -> str:
-    """What was typed after ``dvd bench``, without the key: it is going to be published."""
+def shown_command(name: str, argv: Sequence[str], program: str = "dvd bench") -> str:
+    """What was typed, without the key: it is going to be published."""
     shown = [argument if not argument.startswith("--api-key=") else "--api-key=***" for argument in argv]
     for index, argument in enumerate(shown[:-1]):
         if argument == "--api-key":
             shown[index + 1] = "***"
-    return shlex.join(["dvd", "bench", name, *shown])
+    return shlex.join([*program.split(), name, *shown])
 
 
 def _rich(table: Table) -> RichTable:

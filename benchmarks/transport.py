@@ -53,7 +53,8 @@ _BEYOND_CACHE_BYTES: Final = 128 * 2**20
 _ON_ONE_HOST: Final = ("shm",)
 _ALSO_SEALED: Final = ("tcp", "zmq")
 _CORES: Final = sorted(os.sched_getaffinity(0))
-_SENDING: Final = frozenset(_CORES[: len(_CORES) // 2] or _CORES)
+SENDING: Final = frozenset(_CORES[: len(_CORES) // 2] or _CORES)
+"""Where the process that measures must run."""
 _RECEIVING: Final = frozenset(_CORES[len(_CORES) // 2 :])
 
 
@@ -316,7 +317,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     keep_freed_memory()  # as servers do, as is the next
     freeze_heap()
-    os.sched_setaffinity(0, _SENDING)
+    os.sched_setaffinity(0, SENDING)
     cases = asyncio.run(measure(arguments.transports, messages, arguments.rounds, arguments.in_flight, console.print))
     print_cases(cases)
     if arguments.results:

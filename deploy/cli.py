@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Final, get_args
 
 from benchmarks import settings as bench_options
+from benchmarks.profile.settings import ProfileSettings
 from common.service.errors import ConfigError, DvdError, StartupError
 from common.service.settings import Settings, check_environment
 from deploy import settings as options
@@ -170,6 +171,17 @@ def _plan(argv: Sequence[str]) -> int:
     return run(settings, argv)
 
 
+def _profile(argv: Sequence[str]) -> int:
+    spelt = [re.sub(r"^-o(?==|$)", "--output", argument) for argument in argv]
+    settings = ProfileSettings.load(model_first(ProfileSettings, spelt))
+    bench_options.require_extra()
+    _set_compute_defaults()
+    from benchmarks.profile.command import main as run
+
+    _exit_on_sigterm()
+    return run(settings, argv)
+
+
 def _up(argv: Sequence[str]) -> int:
     flags, words = _split(cluster_options.UpSettings, argv)
     settings = cluster_options.UpSettings.load(flags)
@@ -227,6 +239,7 @@ COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "demo": (_demo, "serve the nano model, ask about three pictures, stop"),
     "bench": (_bench, "NAME: measure a server"),
     "plan": (_plan, "[MODEL]: how many of which servers, simulated"),
+    "profile": (_profile, "MODEL -o FILE: how fast this hardware is, as a card for dvd plan"),
 }
 BENCHMARKS: Final[Mapping[str, tuple[Command, str]]] = {
     "serve": (_bench_serve, "load any OpenAI-compatible server: throughput, latency, goodput"),
@@ -247,6 +260,7 @@ _OWN_SETTINGS: Final[tuple[type[Settings], ...]] = (
     bench_options.BenchServeSettings,
     bench_options.Table18Settings,
     bench_options.PlanSettings,
+    ProfileSettings,
 )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import settings as bench_settings
+from benchmarks.profile.settings import ProfileSettings
 from common.service.settings import Settings
 from deploy import cli, settings
 from deploy.cluster import settings as cluster_settings
@@ -38,6 +39,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "bench serve": bench_settings.BenchServeSettings,
     "bench table18": bench_settings.Table18Settings,
     "plan": bench_settings.PlanSettings,
+    "profile": ProfileSettings,
     "serve": settings.ServeSettings,
     "encode": encode_settings.EncodeSettings,
     "chat": settings.ChatSettings,

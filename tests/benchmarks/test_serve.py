@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import serve as bench
+from benchmarks.profile.turns import Effort
 from benchmarks.report import COLUMNS
 from benchmarks.settings import BenchServeSettings
+from benchmarks.simulator.hardware import HardwareCard
 from common.service.errors import ConfigError
 from deploy import cli
 from deploy.local import LocalDeployment
@@ -59,6 +61,26 @@ def test_text_and_images_against_nano(nano, tmp_path):
         assert (row["image_tokens"] == 256) == (row["images"] == 1)
         assert {"language_queue_ms", "prefill_ms"} <= set(row["stages"])
         assert ({"decode_ms", "encode_ms", "transfer_ms"} <= set(row["stages"])) == (row["images"] == 1)
+
+
+def test_a_running_deployment_becomes_a_card(nano, tmp_path, capsys, monkeypatch):
+    """``dvd profile --url``: a few requests of each kind; every figure has a source."""
+    monkeypatch.setattr(Effort, "limit", 60.0)  # on a busy machine, too
+    path = tmp_path / "card.json"
+    effort = ["--seconds", "0.5", "--rounds", "1", "--hardware", "a core", "--kv-tokens", "9000"]
+    loads = ["--image-sizes", "448,896", "--clients", "2", "--lengths", "16", "--batches", "1,2", "--contexts", "64"]
+    assert cli.main(["profile", "--url", nano.address, "--output", str(path), *effort, *loads]) == 0
+    card = HardwareCard.load(path)
+    assert (card.model, card.hardware, card.source.kind) == ("nano", "a core", "measured")
+    assert [point.batch for point in card.vision_part().tiles] == [1, 5, 10]
+    language = card.language_part()
+    assert (language.kv_tokens, len(language.prefill)) == (9000, 1)
+    assert [point.batch for point in language.decode] == [1, 2]
+    assert language.bytes_per_token % 2 == 0
+    assert len(card.transports) == 1
+    assert 0 <= card.router.s_per_request < 1
+    assert "process_cpu_seconds_total" in card.source.text
+    assert "2 sequences at" in capsys.readouterr().out
 
 
 def test_a_comparison_against_nano(nano, capsys):
