@@ -12,7 +12,7 @@ from common.service import metrics
 from common.service.settings import Settings
 from deploy.kubernetes import values_schema
 from deploy.settings import PROGRAMS
-from tests.deploy.ship.tools import CHART, VALUES, assert_clean, run
+from tests.deploy.ship.tools import CHART, ROOT, VALUES, assert_clean, run
 
 SETS = ["default", *sorted(path.stem for path in VALUES.glob("*.yaml"))]
 KUBERNETES = ("1.27.0", "1.37.0")
@@ -59,6 +59,13 @@ def test_there_are_four_sets_of_values():
 @pytest.mark.parametrize("name", SETS)
 def test_helm_finds_no_fault(name):
     assert_clean("helm", "lint", "--strict", CHART, *arguments(name))
+
+
+def test_helm_takes_the_values_of_the_docs(tmp_path):
+    page = (ROOT / "docs" / "deploying.md").read_text("utf-8")
+    (values,) = re.findall(r"```yaml\n(image:.*?)```", page, re.DOTALL)
+    (tmp_path / "values.yaml").write_text(values.replace("sha256:...", f"sha256:{64 * 'a'}"))
+    assert_clean("helm", "lint", "--strict", CHART, "--values", tmp_path / "values.yaml")
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
