@@ -4,7 +4,7 @@ The report says: language models on 8 A100 in every row, 16 requests/s sent, ima
 nothing of the vision devices, the engine, the lengths or the images of a request, so these are assumed here, the same
 for every figure of a model. Throughput is requests over the time until all of them are answered.
 
-They were chosen by hand, in a few tries, so that rates and ratios come near the published ones: what agrees shows
+They were chosen among some ninety sets, so that rates and ratios come near the published ones: what agrees shows
 that the model and the table are consistent, not that the model predicts.
 """
 
