@@ -153,7 +153,8 @@ class StreamAnswer:
         self._held: list[bytes] = []  # events of tokens behind which others were ready
 
     async def on_token(self, token: Token, is_more_ready: bool) -> None:
-        """Tokens that came at once leave at once, each still an event."""
+        """Tokens that came at once leave at once, each still an event; the first one waits for no other."""
+        is_first = not self._has_begun
         if self._is_plain and self._has_begun and not token.reasoning:
             self._held.append(self._text_event(token))
         else:
@@ -161,7 +162,7 @@ class StreamAnswer:
             delta = _delta(token.reasoning, *self._divide(token.choice, token.text))
             chunk = self._chunk(token.choice, delta, logprobs=logprobs, token_ids=[token.token_id])
             self._held += map(sse.data, [*self._begin(), chunk])
-        if not is_more_ready or len(self._held) >= _MAX_HELD_EVENTS:
+        if is_first or not is_more_ready or len(self._held) >= _MAX_HELD_EVENTS:
             await self._flush()
 
     def _text_event(self, token: Token) -> bytes:
