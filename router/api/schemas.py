@@ -4,7 +4,8 @@ Bounds that depend on the model or on options are checked in ``translate``. ``nu
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
@@ -322,6 +323,9 @@ def parse_body(
         InvalidRequest: as ``parse_chat``.
     """
     _check_nesting(body)
+    at_once = _read_at_once(body, decoder.type, unsupported.keys())
+    if at_once is not None:
+        return at_once, []
     fields: dict[str, Raw] = decode(_top_level, body)
     for name in unsupported.keys() & fields.keys():
         if not _is_needless(name, fields):
@@ -333,6 +337,22 @@ def parse_body(
     known = unsupported.keys() | set(request.__struct_fields__)
     unknown = sorted(fields.keys() - known)
     return request, [name for name in unknown if bytes(memoryview(fields[name])[:5]) != b"null"]
+
+
+def _read_at_once(body: bytes, kind: type[StructT], unsupported: Collection[str]) -> StructT | None:
+    """A body in which there is nothing to look at twice; megabytes are read once, as a rule. None: look closely."""
+    try:
+        request = _of_known_fields(kind).decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    closely = {"chat_template_kwargs", *unsupported} & set(request.__struct_fields__)
+    return request if all(getattr(request, name) is None for name in closely) else None
+
+
+@cache
+def _of_known_fields(kind: type[StructT]) -> msgspec.json.Decoder[StructT]:
+    """A decoder that refuses any other field."""
+    return msgspec.json.Decoder(msgspec.defstruct(kind.__name__, [], bases=(kind,), forbid_unknown_fields=True))
 
 
 def decode(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
