@@ -37,9 +37,9 @@ def shown(name: str, address: str, out: Path) -> str:
     return re.sub(r"\bout\b", str(out), text.replace(ADDRESS, address))
 
 
-def run_shown(name: str, address: str, out: Path, *, replace: tuple[str, str] = ("", ""), **environ: str) -> str:
-    """The command that docs/clients.md shows, with one thing in it replaced; what it writes to stdout."""
-    program, *arguments = shlex.split(shown(name, address, out).removeprefix("$ ").replace(*replace))
+def run_shown(name: str, address: str, out: Path, **environ: str) -> str:
+    """The command that docs/clients.md shows; what it writes to stdout."""
+    program, *arguments = shlex.split(shown(name, address, out).removeprefix("$ "))
     return run_client(name, program, *arguments, home=out, **environ)
 
 

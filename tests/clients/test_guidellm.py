@@ -32,12 +32,3 @@ def test_all_requests_succeed(nano, tmp_path):
     assert metrics["inter_token_latency_ms"]["successful"]["mean"] > 0
     timings = [request["info"]["timings"] for request in benchmark["requests"]["successful"]]
     assert {timing["token_iterations"] for timing in timings} == {8}  # one token an event
-
-
-def test_a_wrong_name_ends_in_errors_that_say_so(nano, tmp_path):
-    run_shown("guidellm", nano.address, tmp_path, replace=("model=nano", "model=gpt-17"), HF_HUB_OFFLINE="1")
-    benchmark = report(tmp_path)
-    assert totals(benchmark) == {"successful": 0, "errored": 6, "cancelled": 0}
-    errors = [request["info"]["error"] for request in benchmark["requests"]["errored"]]
-    assert errors
-    assert all("404" in error for error in errors)
