@@ -14,7 +14,15 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from common.service.carrying import CARRY, MAX_CARRIED_BYTES, STATUSES, WINDOW, pack_metadata, unpack_metadata
+from common.service.carrying import (
+    CARRY,
+    MAX_CARRIED_BYTES,
+    MAX_TIMEOUT_SECONDS,
+    STATUSES,
+    WINDOW,
+    pack_metadata,
+    unpack_metadata,
+)
 from protos.carrier_pb2 import Begin, Orders, Reports, Said, Window
 
 _Metadata = tuple[tuple[str, str], ...]
@@ -111,7 +119,12 @@ class CarriedCall:
     def take(self, said: Said) -> None:
         """What its server said."""
         self._messages.extend(said.messages)
-        if not said.HasField("end"):
+        if len(self._messages) > WINDOW:
+            # Its server does not keep to the window: nobody may fill our memory.
+            self._messages.clear()
+            self.end(_failure(grpc.StatusCode.INTERNAL, "more messages than asked for"))
+            self._stream.cancel(self._call)
+        elif not said.HasField("end"):
             self._wake()
         elif said.end.status == grpc.StatusCode.OK.value[0]:
             self.end(None)
@@ -164,7 +177,7 @@ class _Stream:
         begin = Begin(call=number, method=method, request=request, metadata=pack_metadata(metadata))
         if timeout is not None:
             call.expire_after(timeout)
-            begin.timeout_seconds = max(timeout, _LEAST_TIMEOUT_SECONDS)
+            begin.timeout_seconds = min(max(timeout, _LEAST_TIMEOUT_SECONDS), MAX_TIMEOUT_SECONDS)
         self._begin.append(begin)
         self._has_orders.set()
         return call
@@ -208,7 +221,7 @@ class _Stream:
         if call is not None:
             call.take(said)
             if said.HasField("end"):
-                del self._calls[said.call]
+                self._calls.pop(said.call, None)
 
     async def _write(self) -> None:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader hears of it

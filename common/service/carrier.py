@@ -15,8 +15,8 @@ from typing import Any, Final, TypeAlias
 import grpc
 import grpc.aio
 
-from common.service.carrying import MAX_CARRIED_BYTES, WINDOW, pack_metadata, unpack_metadata
-from common.service.errors import DvdError, InternalError, to_grpc
+from common.service.carrying import MAX_CARRIED_BYTES, MAX_TIMEOUT_SECONDS, WINDOW, pack_metadata, unpack_metadata
+from common.service.errors import DvdError, InternalError, InvalidRequest, to_grpc
 from common.service.leases import Lease
 from protos.carrier_pb2 import Begin, End, Orders, Reports, Said
 
@@ -30,6 +30,8 @@ Translate: TypeAlias = Callable[[Exception], DvdError]
 _OK: Final = grpc.StatusCode.OK.value[0]
 _MAX_CALLS: Final = 65_536
 """Of one stream; a server refuses far earlier, in words that routers understand."""
+_MAX_UNSENT: Final = 65_536
+"""Calls of which something waits to be sent. Whoever begins and never reads is read no further."""
 
 
 def make_carry_handler(
@@ -92,7 +94,7 @@ class _Stream:
         """Until the caller goes. Its calls end with it."""
         async with asyncio.TaskGroup() as group:
             writing = group.create_task(self._outbox.write_to(self._context), name="reports of carried calls")
-            while (orders := await self._context.read()) is not grpc.aio.EOF:
+            while (orders := await self._next_orders()) is not grpc.aio.EOF:
                 for begin in orders.begin:
                     self._begin(group, begin)
                 for window in orders.read:
@@ -103,6 +105,10 @@ class _Stream:
             for number in list(self._calls):
                 self._cancel(number)
             writing.cancel()
+
+    async def _next_orders(self) -> Any:
+        await self._outbox.has_room()
+        return await self._context.read()
 
     def _begin(self, group: asyncio.TaskGroup, begin: Begin) -> None:
         if begin.call in self._calls or len(self._calls) >= _MAX_CALLS:
@@ -128,6 +134,8 @@ class _Stream:
 
     async def _answer(self, begin: Begin, window: "_Window") -> End:
         self._check_peer(self._context, begin.method)
+        if not 0 <= begin.timeout_seconds <= MAX_TIMEOUT_SECONDS:
+            raise InvalidRequest(f"timeout_seconds is at most {MAX_TIMEOUT_SECONDS:g}")
         context = CarriedContext(begin)
         handler = await self._find(begin.method, context.invocation_metadata())
         if handler is None or not handler.unary_stream:
@@ -179,12 +187,13 @@ class _Window:
 
 
 class _Outbox:
-    """What the calls have said and nobody has sent. Bounded by their windows."""
+    """What the calls have said and nobody has sent. Bounded by their windows, and in number by ``has_room``."""
 
     def __init__(self) -> None:
         self._messages: dict[int, list[bytes]] = {}  # in the order of their first
         self._ends: dict[int, End] = {}
         self._is_filled = asyncio.Event()
+        self._has_sent = asyncio.Event()
 
     def add(self, call: int, message: bytes) -> None:
         self._messages.setdefault(call, []).append(message)
@@ -194,6 +203,12 @@ class _Outbox:
         self._messages.setdefault(call, [])
         self._ends[call] = end
         self._is_filled.set()
+
+    async def has_room(self) -> None:
+        """Returns at once, as a rule: once not too many calls wait for what they said to be sent."""
+        while len(self._messages) > _MAX_UNSENT:
+            self._has_sent.clear()
+            await self._has_sent.wait()
 
     def forget(self, call: int) -> None:
         """Its caller wants no more of it."""
@@ -207,6 +222,7 @@ class _Outbox:
             reports = self._next_reports()
             if reports.said:
                 await context.write(reports)
+                self._has_sent.set()
 
     def _next_reports(self) -> Reports:
         reports = Reports()

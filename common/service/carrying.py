@@ -12,6 +12,8 @@ WINDOW: Final = 256
 """Messages of one call that may be on their way or unread; its server waits then, as it would for a slow connection."""
 MAX_CARRIED_BYTES: Final = 2**20
 """Of one message of the stream, or little more: nobody's token waits behind megabytes. Larger requests go alone."""
+MAX_TIMEOUT_SECONDS: Final = 86_400.0
+"""No request lasts for a day; what is no number, or none that a timer takes, is refused with it."""
 STATUSES: Final = {status.value[0]: status for status in grpc.StatusCode}
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -9,9 +10,11 @@ import grpc
 import grpc.aio
 import pytest
 
-from common.service.carrying import MAX_CARRIED_BYTES, WINDOW
+from common.service import carrier
+from common.service.carrying import CARRY, MAX_CARRIED_BYTES, WINDOW
 from common.service.errors import Overloaded, from_grpc
 from common.service.rpc import bind, make_leased_channel, make_server
+from protos.carrier_pb2 import Begin, Orders, Reports, Said
 from protos.language_pb2 import GenerateEvent, GenerateRequest, SamplingParams, Token
 from protos.language_pb2_grpc import LanguageServicer, LanguageStub, add_LanguageServicer_to_server
 
@@ -229,3 +232,59 @@ async def test_bytes_that_are_no_request_fail_their_call_alone(system, caplog):
     assert (await failure(stub(None, timeout=DEADLINE))).code() == grpc.StatusCode.INTERNAL
     assert await read_all(system.generate(1)) == [0]
     assert "unexpected failure" in caplog.text
+
+
+@pytest.mark.parametrize("timeout", [math.nan, math.inf, -1.0, 1e300])
+async def test_a_deadline_that_is_none_is_refused(system, timeout):
+    """Only of those that no client of ours sends: it names at most a day."""
+    request = GenerateRequest(sampling=SamplingParams(max_tokens=1)).SerializeToString()
+    said = await carried(
+        system, Orders(begin=[Begin(call=1, method=GENERATE, request=request, timeout_seconds=timeout)])
+    )
+    assert (said.end.status, len(said.messages)) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], 0)
+
+
+async def test_a_number_that_is_taken_is_not_given_again(system):
+    request = GenerateRequest(sampling=SamplingParams(max_tokens=0), priority=Counting.MUTE).SerializeToString()
+    begin = Begin(call=7, method=GENERATE, request=request)
+    said = await carried(system, Orders(begin=[begin, begin]))
+    assert (said.call, said.end.status) == (7, grpc.StatusCode.INTERNAL.value[0])
+
+
+async def test_who_begins_and_never_reads_is_read_no_further(system, monkeypatch):
+    monkeypatch.setattr(carrier, "_MAX_UNSENT", 10)
+    outbox = carrier._Outbox()
+    for call in range(11):
+        outbox.add(call, b"x")
+    waiting = asyncio.create_task(outbox.has_room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+
+    class Reader:
+        async def write(self, reports: Reports) -> None:
+            assert len(reports.said) == 11
+
+    writing = asyncio.create_task(outbox.write_to(Reader()))
+    await asyncio.wait_for(waiting, DEADLINE)
+    writing.cancel()
+
+
+async def test_a_server_that_does_not_keep_to_the_window_loses_its_call(system, monkeypatch):
+    monkeypatch.setattr(carrier, "WINDOW", 10 * WINDOW)
+    call = system.generate(0, Counting.FOREVER)
+    assert await read_all(system.generate(WINDOW)) == list(range(WINDOW))
+    error = await failure(call)
+    assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "more messages than asked for")
+    await system.counting.until(lambda: system.counting.num_running == 0)
+
+
+async def carried(system: System, orders: Orders) -> Said:
+    """The first that is said to these."""
+    async with grpc.aio.insecure_channel(system.address) as channel:
+        carry = channel.stream_stream(
+            CARRY, request_serializer=Orders.SerializeToString, response_deserializer=Reports.FromString
+        )(timeout=DEADLINE)
+        await carry.write(orders)
+        reports = await carry.read()
+        carry.cancel()
+    return reports.said[0]
