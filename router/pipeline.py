@@ -22,7 +22,7 @@ from router.record import RequestRecord
 from router.replay import Progress
 from router.request import ChatRequest
 from router.turns import Turn
-from router.workers import Events, LanguageWorker
+from router.workers import Events, LanguageWorker, ServerLost
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,9 @@ class _Run:
     async def _generate(self, language: LanguageWorker, request: ChatRequest) -> None:
         """One attempt on one language server: its tokens are relayed while the images are encoded."""
         self._is_admitted = False
+        with self._search.watch():
+            if not language.is_usable:  # any more, after others had their turn: whoever calls it now hears of a death
+                raise ServerLost("closed", language.incarnation)
         with language.generate(request.generate, request.deadline.remaining()) as events:
             with self._search.watch():
                 admitted = await _wait_admitted(events)

@@ -6,6 +6,7 @@ import pytest
 
 from common.service import metrics
 from common.service.errors import InternalError, InvalidRequest
+from router.affinity import content_key
 from router.quarantine import KEEP_SECONDS, MAX_ENTRIES, Quarantine
 from router.workers import ServerLost
 from tests.router.conftest import error_of, png, running_system, user
@@ -188,3 +189,28 @@ async def test_a_poisonous_prompt_kills_two_and_is_refused():
         assert (await system.chat(messages=[user("food")])).status_code == 200
         assert sum(bool(language.requests) for language in system.languages) == 3
         assert sum(len(language.requests) for language in system.languages) == 3
+
+
+async def test_a_server_that_is_lost_while_a_suspect_waits_for_its_turn_is_not_called():
+    """The call would fail as if that server had died of it."""
+    async with running_system(num_language=2) as system:
+        assert (await system.chat(messages=[user("food")])).status_code == 200
+        (request,) = [each for language in system.languages for each in language.requests]
+        quarantine = system.router.fleet.quarantine
+        quarantine.died_with([content_key(request)], b"elsewhere")
+        turns = {worker: quarantine._turn(worker.address) for worker in system.router.fleet.language}
+        for turn in turns.values():
+            await turn.acquire()
+        asking = asyncio.create_task(system.chat(messages=[user("food")]))
+        await system.until(lambda: any(turn._waiters for turn in turns.values()))
+        ((lost, its_turn),) = [(worker, turn) for worker, turn in turns.items() if turn._waiters]
+        ((_, other_turn),) = [(worker, turn) for worker, turn in turns.items() if worker is not lost]
+        num_calls = {language.name: len(language.requests) for language in system.languages}
+        lost._is_doubted = True
+        its_turn.release()
+        other_turn.release()
+        assert (await asking).status_code == 200
+        assert {language.name: len(language.requests) for language in system.languages} == {
+            name: number + (name != lost.name) for name, number in num_calls.items()
+        }
+        assert len(quarantine) == 0
