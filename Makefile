@@ -63,7 +63,7 @@ check: $(STAMP) $(AUDIT)/.installed
 	$(BIN)/python -m deploy.supply_chain --tools $(AUDIT)/bin
 
 test: $(STAMP) browser clients shipping
-	$(BIN)/python -m pytest -n 4 --durations=30 --durations-min=5
+	$(BIN)/python -m pytest -n 3 --durations=30 --durations-min=5
 
 demo: $(STAMP)
 	$(BIN)/dvd demo
