@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import signal
 import sys
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -41,7 +42,8 @@ class _Item:
 
 
 def main(settings: EncodeSettings, words: Sequence[str]) -> int:
-    """``words``: MODEL, unless it or a server is named by an option, then images. Returns 0, or raises.
+    """``words``: MODEL, unless it or a server is named by an option, then images. Returns 0 (143 after SIGTERM), or
+    raises.
 
     Raises:
         ConfigError: the options make no sense, or the file cannot be written.
@@ -57,7 +59,28 @@ def main(settings: EncodeSettings, words: Sequence[str]) -> int:
     # Pillow warns of large images in words of its own; they are judged by number.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     with FeaturesFile(settings.output, settings.dtype) as file:
-        return asyncio.run(_Encoding(settings, file).run(model, pictures))
+        return asyncio.run(_until_sigterm(_Encoding(settings, file).run(model, pictures)))
+
+
+async def _until_sigterm(work: Coroutine[Any, Any, int]) -> int:
+    """The signal cancels ``work``. What a handler raises could come in the middle of anything, also where asyncio has
+    started a process and not noted it yet."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    has_come = False
+
+    def end() -> None:
+        nonlocal has_come
+        has_come = True
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, end)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not has_come:
+            raise
+        return 128 + signal.SIGTERM
 
 
 class _Encoding:
